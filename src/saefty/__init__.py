@@ -1,0 +1,1 @@
+"""saefty: sparse autoencoders for the safety of language and vision-language models."""

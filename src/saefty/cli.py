@@ -1,0 +1,335 @@
+"""The command line: words and files become objects, errors become messages.
+
+Results go to standard output, everything else to standard error. Heavy libraries are imported inside
+the commands, so that `--help` answers at once.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saefty.errors import SaeftyError
+
+if TYPE_CHECKING:
+    from saefty.stages.base import Outcome
+
+app = typer.Typer(
+    name="saefty",
+    help="Sparse autoencoders for the safety of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+stores = typer.Typer(
+    help="Look at stores, verify, repair, export and import them.", no_args_is_help=True
+)
+app.add_typer(stores, name="store")
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over the file."),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("-c", "--config", help="YAML file to start from.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show everything, and tracebacks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Folder = Annotated[Path, typer.Argument(help="The run's folder.")]
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch system sends it before it takes the machine away."""
+
+
+@app.command()
+def extract(
+    words: Words = None,
+    config: ConfigFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Run a model over a dataset and keep its activations.
+
+    Example: saefty extract model.name=FOLDER data.path=prompts.jsonl extract.layers="[0,2]"
+    """
+    from saefty.stages import extract as stage
+
+    _run(stage.ExtractConfig, stage.run, words, config, quiet, debug, as_json)
+
+
+@app.command()
+def train(
+    words: Words = None,
+    config: ConfigFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Train sparse autoencoders on extracted activations.
+
+    Example: saefty train train.store=latest sae.k=64 train.max_steps=5000
+    """
+    from saefty.stages import train as stage
+
+    _run(stage.TrainConfig, stage.run, words, config, quiet, debug, as_json)
+
+
+@app.command()
+def encode(
+    words: Words = None,
+    config: ConfigFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Encode every token of a dataset into sparse features.
+
+    Example: saefty encode encode.sae=latest model.name=FOLDER data.path=prompts.jsonl
+    """
+    from saefty.stages import encode as stage
+
+    _run(stage.EncodeConfig, stage.run, words, config, quiet, debug, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    words: Words = None,
+    config: ConfigFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Rank latents by how they track harm, gate them, and write a report.
+
+    Example: saefty eval eval.features=latest eval.topk_latents=50 intervention.enabled=true
+    """
+    from saefty.stages import eval as stage
+
+    _run(stage.EvalConfig, stage.run, words, config, quiet, debug, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("artifacts/demo"),
+    short: Annotated[bool, typer.Option("--short", help="A smaller run, under a minute.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, training and splits.")] = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="A sandbox model folder; the shipped one if left out.")
+    ] = None,
+    retrain: Annotated[
+        Path | None, typer.Option(help="Train the sandbox model anew into this folder first.")
+    ] = None,
+    world: Annotated[int, typer.Option(help="Seed of the sandbox world.")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Do the whole main job on a small world whose ground truth is known.
+
+    Example: saefty demo --out artifacts/demo
+    """
+    from saefty.sandbox import demo as sandbox
+
+    def job() -> None:
+        outcome = sandbox.run(
+            out, short=short, seed=seed, model_folder=model, retrain=retrain, world_seed=world
+        )
+        _print_outcome(outcome, as_json, sandbox.table(outcome))
+
+    _guarded(job, quiet, debug, as_json)
+
+
+@app.command("list")
+def list_kinds(
+    kind: Annotated[str, typer.Argument(help="saes, datasets, metrics, plots, models or judges.")],
+    as_json: Json = False,
+) -> None:
+    """List what there is of one kind.
+
+    Example: saefty list saes
+    """
+
+    def job() -> None:
+        from saefty.stages.catalogue import names_of
+
+        names = names_of(kind)
+        typer.echo(json.dumps(names) if as_json else "\n".join(names))
+
+    _guarded(job, False, False, as_json)
+
+
+@stores.command("list")
+def store_list(
+    root: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("artifacts"),
+    verify: Annotated[bool, typer.Option("--verify", help="Also check every file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the stores below a folder: layers, shards, rows, sizes, and whether they are whole."""
+
+    def job() -> None:
+        from saefty.stages.store import list_stores
+
+        found = list_stores(root, verify=verify)
+        typer.echo(json.dumps(found) if as_json else _store_lines(found, root))
+
+    _guarded(job, False, False, as_json)
+
+
+@stores.command("verify")
+def store_verify(folder: Folder, as_json: Json = False) -> None:
+    """Check every file of a store against its checksum; exit code 4 if one is damaged."""
+
+    def job() -> None:
+        from saefty.errors import IntegrityError
+        from saefty.stages.store import verify_store
+
+        damage = verify_store(folder)
+        if damage:
+            raise IntegrityError("\n".join(damage))
+        typer.echo(json.dumps({"store": str(folder), "whole": True}) if as_json else "whole")
+
+    _guarded(job, False, False, as_json)
+
+
+@stores.command("repair")
+def store_repair(
+    folder: Folder, quiet: Quiet = False, debug: Debug = False, as_json: Json = False
+) -> None:
+    """Make the damaged pieces of a store again, and no others."""
+
+    def job() -> None:
+        from saefty.stages.store import repair_store
+
+        _print_outcome(repair_store(folder), as_json)
+
+    _guarded(job, quiet, debug, as_json)
+
+
+@stores.command("export")
+def store_export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", help="Where to write.")],
+    form: Annotated[str, typer.Option("--format", help="npz.")] = "npz",
+    as_json: Json = False,
+) -> None:
+    """Write a store of activations in a form that other tools read."""
+
+    def job() -> None:
+        from saefty.errors import ConfigError
+        from saefty.stages.store import export_store
+
+        if form != "npz":
+            raise ConfigError(f"--format is npz, not {form!r}.")
+        written = [str(path) for path in export_store(folder, out)]
+        typer.echo(json.dumps({"files": written}) if as_json else str(out))
+
+    _guarded(job, False, False, as_json)
+
+
+@stores.command("import")
+def store_import(
+    source: Annotated[Path, typer.Argument(help="A folder of layer_<i>_shard_<n>.npz files.")],
+    out: Annotated[Path, typer.Option("--out", help="The new store's folder.")],
+    hook_point: Annotated[str, typer.Option(help="Where they were read.")] = "resid_post",
+    as_json: Json = False,
+) -> None:
+    """Make a store of activations from .npz files."""
+
+    def job() -> None:
+        from saefty.stages.store import import_store
+
+        _print_outcome(import_store(source, out, hook_point), as_json)
+
+    _guarded(job, False, False, as_json)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _run(
+    config_class: Any,
+    stage: Callable[[Any], "Outcome"],
+    words: Sequence[str] | None,
+    path: Path | None,
+    quiet: bool,
+    debug: bool,
+    as_json: bool,
+) -> None:
+    def job() -> None:
+        from saefty.config import load_config
+
+        _print_outcome(stage(load_config(config_class, path, words or ())), as_json)
+
+    _guarded(job, quiet, debug, as_json)
+
+
+def _guarded(job: Callable[[], None], quiet: bool, debug: bool, as_json: bool) -> None:
+    """Do a job; turn what can go wrong into a message and an exit code."""
+    from saefty.log import set_up
+
+    set_up(quiet=quiet, debug=debug)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        job()
+    except SaeftyError as error:
+        if debug:
+            raise
+        folder = getattr(error, "run_folder", None)
+        if as_json:
+            typer.echo(json.dumps({**error.as_record(), "run": folder and str(folder)}), err=True)
+        else:
+            typer.echo(f"Error: {error}", err=True)
+            if folder and not error.then:
+                typer.echo(_resume_line(folder), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt as error:
+        folder = getattr(error, "run_folder", None)
+        typer.echo("\nInterrupted. What was committed is safe.", err=True)
+        if folder:
+            typer.echo(_resume_line(folder), err=True)
+        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        raise typer.Exit(code) from None
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _resume_line(folder: Path) -> str:
+    words = [word for word in sys.argv[1:] if not word.startswith("run.")]
+    quoted = [f"'{word}'" if any(c in word for c in " []{}*?") else word for word in words]
+    return f"To resume: saefty {' '.join(quoted)} run.dir={folder}"
+
+
+def _print_outcome(outcome: "Outcome", as_json: bool, text: str | None = None) -> None:
+    typer.echo(json.dumps(outcome.as_record()) if as_json else text or str(outcome.folder))
+
+
+def _store_lines(found: list[dict[str, Any]], root: Path) -> str:
+    if not found:
+        return f"no complete store below {root}"
+    lines = []
+    for store in found:
+        if "problem" in store:
+            lines.append(f"{store['store']}  {store['problem']}")
+            continue
+        state = {None: "not verified", True: "whole", False: "damaged"}[store["whole"]]
+        lines.append(
+            f"{store['store']}  {store['kind']}  layers {store['layers']}  "
+            f"{store['shards']} shards  {store['rows']:,} rows  "
+            f"{store['bytes'] / 1e6:,.1f} MB  {state}"
+        )
+    return "\n".join(lines)

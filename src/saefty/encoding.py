@@ -1,0 +1,74 @@
+"""From activations to sparse features: one SAE a layer, over pieces of rows from any source.
+
+Rows come from a model's forward passes (`extraction.read_pieces`) or from an activation store
+(`stored_pieces`); what is done with them is the same.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from saefty.errors import MismatchError
+from saefty.extraction import Piece
+from saefty.saes.base import SparseAutoencoder
+from saefty.stores.activations import ROW_COLUMNS, ActivationStore
+
+ENCODED_ROWS = 4096
+"""Rows encoded at once: enough for the matrix product, little enough for the memory."""
+
+
+def check_saes(saes: Mapping[int, SparseAutoencoder], d_in: int, where: str) -> None:
+    """Refuse SAEs that read activations of another width.
+
+    Raises:
+        MismatchError: If an SAE's d_in is not the width of the activations.
+    """
+    for layer, sae in saes.items():
+        if sae.d_in != d_in:
+            raise MismatchError(
+                f"the SAE of layer {layer} reads activations {sae.d_in} wide, but those of {where} "
+                f"are {d_in} wide.",
+                then="Use an SAE that was trained on this model, or the model of this SAE.",
+            )
+
+
+def encode_rows(sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"]) -> dict[str, np.ndarray]:
+    """Return the latents that fire on each row as CSR: `indptr`, `ids`, `values` (descending)."""
+    codes = [sae.encode_sparse(part) for part in x.split(ENCODED_ROWS)] if len(x) else []
+    counts = [code.l0.cpu().numpy() for code in codes]
+    return {
+        "indptr": np.concatenate([[0], np.cumsum(np.concatenate(counts or [np.zeros(0)]))]).astype(
+            np.int64
+        ),
+        "ids": np.concatenate(
+            [code.indices.cpu().numpy().astype(np.uint32) for code in codes]
+            or [np.zeros(0, np.uint32)]
+        ),
+        "values": np.concatenate(
+            [code.values.float().cpu().numpy() for code in codes] or [np.zeros(0, np.float32)]
+        ),
+    }
+
+
+def encode_piece(
+    piece: Piece, saes: Mapping[int, SparseAutoencoder]
+) -> dict[int, dict[str, np.ndarray]]:
+    """Return the code of a piece's rows by each layer's SAE."""
+    by_layer = {site.layer: x for site, x in piece.activations.items()}
+    return {layer: encode_rows(sae, by_layer[layer]) for layer, sae in saes.items()}
+
+
+def stored_pieces(
+    store: ActivationStore, layers: Collection[int], done: Collection[int] = ()
+) -> Iterator[Piece]:
+    """Yield the pieces of an activation store that are not done yet."""
+    for record in store.pieces:
+        index = int(record["piece"])
+        if index in done:
+            continue
+        file = store.file(f"rows/shard_{index:05d}.safetensors")
+        rows = {name: np.array(file.array(name)) for name in ROW_COLUMNS}
+        x = {store.site(layer): store.shard(layer, index) for layer in layers}
+        yield Piece(index, rows, x, {})

@@ -1,0 +1,1 @@
+"""Sparse arithmetic: choose the latents that fire, decode them, and their gradients."""

@@ -1,0 +1,174 @@
+"""What every set of kernels offers, and the sparse code it speaks in.
+
+A code holds only the latents that fire (value > 0), row by row, values descending within a row.
+Equal values are settled the same way everywhere: the lower latent index goes first, and when a
+selection over a whole batch must choose between equal values, the earlier row does. `reference`
+does all of it with dense torch and is the oracle; the others must agree with it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saefty.registry import Registry
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """The latents that fire, as compressed rows: row r owns entries offsets[r] : offsets[r + 1]."""
+
+    values: Float[Tensor, "nnz"]
+    indices: Int[Tensor, "nnz"]
+    offsets: Int[Tensor, "rows_plus_1"]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows encoded, those without any firing latent included."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def l0(self) -> Int[Tensor, "rows"]:
+        """How many latents fire in each row."""
+        return self.offsets.diff()
+
+    @cached_property
+    def row_of(self) -> Int[Tensor, "nnz"]:
+        """The row of each entry."""
+        rows = torch.arange(self.n_rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.l0, output_size=len(self.values))
+
+    @cached_property
+    def feature_order(self) -> Int[Tensor, "nnz"]:
+        """The entries sorted by latent, and by row within a latent."""
+        return torch.sort(self.indices.int(), stable=True).indices
+
+    def dense(self, d_sae: int) -> Float[Tensor, "rows d_sae"]:
+        """Return the code as one dense row of latents for each row."""
+        z = self.values.new_zeros(self.n_rows, d_sae)
+        z[self.row_of, self.indices] = self.values
+        return z
+
+    @classmethod
+    def from_dense(cls, z: Float[Tensor, "rows d_sae"]) -> "SparseCode":
+        """Return the entries of z that are above 0."""
+        rows, indices = (z > 0).nonzero(as_tuple=True)
+        return cls.from_entries(z[rows, indices], rows, indices, len(z))
+
+    @classmethod
+    def from_entries(
+        cls,
+        values: Float[Tensor, "nnz"],
+        rows: Int[Tensor, "nnz"],
+        indices: Int[Tensor, "nnz"],
+        n_rows: int,
+    ) -> "SparseCode":
+        """Return the code of entries given by ascending row and index within the row."""
+        order = torch.sort(values, descending=True, stable=True).indices
+        order = order[torch.sort(rows[order], stable=True).indices]
+        counts = torch.bincount(rows, minlength=n_rows)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(values[order], indices[order], offsets)
+
+    @classmethod
+    def from_table(
+        cls, values: Float[Tensor, "rows k"], indices: Int[Tensor, "rows k"]
+    ) -> "SparseCode":
+        """Return the code of k candidates a row, values descending; those not above 0 drop out."""
+        fires = values > 0
+        n_rows, k = values.shape
+        if bool(fires.all()):
+            offsets = torch.arange(0, (n_rows + 1) * k, max(k, 1), device=values.device)
+            return cls(values.reshape(-1), indices.reshape(-1), offsets[: n_rows + 1])
+        counts = fires.sum(dim=1)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(values[fires], indices[fires], offsets)
+
+
+class SparseKernels(Protocol):
+    """The arithmetic of sparse codes; W_enc is [d_in, d_sae], W_dec is [d_sae, d_in].
+
+    The three selections act on the pre-activations x W_enc + b_enc and keep positive ones only.
+    None of them is differentiable: the gradients are built from `row_dots` and `weight_grad`.
+    """
+
+    def topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        k: int,
+    ) -> SparseCode:
+        """Return the k largest positive pre-activations of each row."""
+        ...
+
+    def batch_topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        n: int,
+    ) -> SparseCode:
+        """Return the n largest positive pre-activations of all rows together."""
+        ...
+
+    def above(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        threshold: Float[Tensor, "d_sae"],
+    ) -> SparseCode:
+        """Return the positive pre-activations above each latent's threshold."""
+        ...
+
+    def decode(
+        self, code: SparseCode, W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "rows d_in"]:
+        """Return z W_dec, without a bias."""
+        ...
+
+    def row_dots(
+        self,
+        rows: Float[Tensor, "rows d_in"],
+        code: SparseCode,
+        W_dec: Float[Tensor, "d_sae d_in"],
+    ) -> Float[Tensor, "nnz"]:
+        """Return, for each entry of the code, its row of `rows` times its latent's row of W_dec."""
+        ...
+
+    def weight_grad(
+        self,
+        weights: Float[Tensor, "nnz"],
+        code: SparseCode,
+        rows: Float[Tensor, "rows d"],
+        d_sae: int,
+    ) -> Float[Tensor, "d_sae d"]:
+        """Return, for each latent, the sum of its entries' weights times their rows of `rows`."""
+        ...
+
+
+KERNELS: Registry[type[SparseKernels]] = Registry("set of kernels", "saefty.kernels")
+
+
+def affine(
+    x: Float[Tensor, "rows d_in"],
+    W: Float[Tensor, "d_in d_out"],
+    b: Float[Tensor, "d_out"],
+    out: Float[Tensor, "rows d_out"] | None = None,
+) -> Float[Tensor, "rows d_out"]:
+    """Return x W + b.
+
+    Every large product of an encoder goes through here, so that a choice of matrix-multiply
+    back-end has one place to act, and never becomes a global setting of torch.
+    """
+    return torch.addmm(b, x, W, out=out) if out is not None else torch.addmm(b, x, W)
+
+
+def choose_kernels(device: torch.device | str) -> SparseKernels:
+    """Return the fastest kernels that run on a device."""
+    del device  # the pure-torch kernels run wherever torch does; a GPU's own would be chosen here
+    return KERNELS["torch_sparse"]()

@@ -1,0 +1,75 @@
+"""The oracle: every kernel written as the dense formula, in whatever precision its input has."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefty.kernels.base import KERNELS, SparseCode
+
+
+@KERNELS.register("reference")
+class Reference:
+    """Dense torch; memory grows with rows x d_sae."""
+
+    def topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        k: int,
+    ) -> SparseCode:
+        """Sort each row stably, so that of equal values the lower index comes first."""
+        values, indices = torch.sort(x @ W_enc + b_enc, dim=1, descending=True, stable=True)
+        return SparseCode.from_table(values[:, :k], indices[:, :k])
+
+    def batch_topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        n: int,
+    ) -> SparseCode:
+        """Sort all pre-activations stably: of equal values the earlier row comes first."""
+        pre = (x @ W_enc + b_enc).relu()
+        chosen = torch.sort(pre.flatten(), descending=True, stable=True).indices[:n]
+        z = torch.zeros_like(pre).flatten()
+        z[chosen] = pre.flatten()[chosen]
+        return SparseCode.from_dense(z.view_as(pre))
+
+    def above(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        threshold: Float[Tensor, "d_sae"],
+    ) -> SparseCode:
+        """Compare every pre-activation with its threshold."""
+        pre = x @ W_enc + b_enc
+        return SparseCode.from_dense(pre * (pre > threshold))
+
+    def decode(
+        self, code: SparseCode, W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "rows d_in"]:
+        """Multiply the dense code."""
+        return code.dense(len(W_dec)) @ W_dec
+
+    def row_dots(
+        self,
+        rows: Float[Tensor, "rows d_in"],
+        code: SparseCode,
+        W_dec: Float[Tensor, "d_sae d_in"],
+    ) -> Float[Tensor, "nnz"]:
+        """Multiply everything and keep the entries of the code."""
+        return (rows @ W_dec.T)[code.row_of, code.indices]
+
+    def weight_grad(
+        self,
+        weights: Float[Tensor, "nnz"],
+        code: SparseCode,
+        rows: Float[Tensor, "rows d"],
+        d_sae: int,
+    ) -> Float[Tensor, "d_sae d"]:
+        """Multiply the dense weights by the rows."""
+        dense = rows.new_zeros(code.n_rows, d_sae)
+        dense[code.row_of, code.indices] = weights
+        return dense.T @ rows

@@ -1,0 +1,170 @@
+"""Kernels in pure torch that never hold a dense rows x d_sae array.
+
+Pre-activations are computed for a few hundred rows at a time into one buffer that stays in cache;
+only the chosen entries leave it. Decoding and the weight gradients are `embedding_bag` sums, over
+the entries of a row and (after sorting the entries by latent) over those of a latent; each sum is
+done by one thread in a fixed order, so results do not depend on the number of threads. The dot
+products for the encoder's gradient reuse the backward of `embedding_bag`, which reads the decoder
+rows in place.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from saefty.kernels.base import KERNELS, SparseCode, affine
+
+CHUNK_ROWS = 256
+SUM_MODE = 0
+
+
+@KERNELS.register("torch_sparse")
+class TorchSparse:
+    """Sparse steps for CPU and GPU without a compiler."""
+
+    def topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        k: int,
+    ) -> SparseCode:
+        """Select the k largest of each row, chunk by chunk."""
+        k = min(k, len(b_enc))
+        values = x.new_empty(len(x), k)
+        indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
+        for start, pre in _chunks(x, W_enc, b_enc):
+            stop = start + len(pre)
+            values[start:stop], indices[start:stop] = largest(pre, k)
+        return SparseCode.from_table(values, indices)
+
+    def batch_topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        n: int,
+    ) -> SparseCode:
+        """Keep a pool of the n largest so far; a chunk adds only what exceeds the pool's least.
+
+        Rows come in order, so an entry that equals the pool's least loses to those already there.
+        """
+        d_sae = len(b_enc)
+        values, places = x.new_empty(0), torch.empty(0, dtype=torch.long, device=x.device)
+        least = 0.0
+        for start, pre in _chunks(x, W_enc, b_enc):
+            found = (pre.view(-1) > least).nonzero().squeeze(1)
+            values = torch.cat([values, pre.view(-1)[found]])
+            places = torch.cat([places, found + start * d_sae])
+            if len(values) > n:
+                values, places = _first_largest(values, places, n)
+                least = float(values.min()) if n else float("inf")
+        rows = places // d_sae
+        return SparseCode.from_entries(values, rows, places - rows * d_sae, len(x))
+
+    def above(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        threshold: Float[Tensor, "d_sae"],
+    ) -> SparseCode:
+        """Compare chunk by chunk."""
+        floor = threshold.clamp(min=0)
+        values, rows, indices = [x.new_empty(0)], [], []
+        for start, pre in _chunks(x, W_enc, b_enc):
+            row, index = (pre > floor).nonzero(as_tuple=True)
+            values.append(pre[row, index])
+            rows.append(row + start)
+            indices.append(index)
+        none = torch.empty(0, dtype=torch.long, device=x.device)
+        return SparseCode.from_entries(
+            torch.cat(values), torch.cat([none, *rows]), torch.cat([none, *indices]), len(x)
+        )
+
+    def decode(
+        self, code: SparseCode, W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "rows d_in"]:
+        """Sum each row's decoder rows, weighted."""
+        return functional.embedding_bag(
+            code.indices,
+            W_dec,
+            code.offsets[:-1],
+            mode="sum",
+            per_sample_weights=code.values,
+        )
+
+    def row_dots(
+        self,
+        rows: Float[Tensor, "rows d_in"],
+        code: SparseCode,
+        W_dec: Float[Tensor, "d_sae d_in"],
+    ) -> Float[Tensor, "nnz"]:
+        """Dot each entry's row with its decoder row, without gathering either."""
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            rows, W_dec, code.indices, code.offsets[:-1], code.row_of, SUM_MODE, -1
+        )
+
+    def weight_grad(
+        self,
+        weights: Float[Tensor, "nnz"],
+        code: SparseCode,
+        rows: Float[Tensor, "rows d"],
+        d_sae: int,
+    ) -> Float[Tensor, "d_sae d"]:
+        """Sum over each latent's entries, weighted; a latent that does not fire gets zeros."""
+        order = code.feature_order
+        counts = torch.bincount(code.indices, minlength=d_sae)
+        return functional.embedding_bag(
+            code.row_of[order],
+            rows,
+            counts.cumsum(0) - counts,
+            mode="sum",
+            per_sample_weights=weights[order],
+        )
+
+
+def largest(
+    pre: Float[Tensor, "rows d_sae"], k: int
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """Return the k largest of each row, descending; of equal positive values the lower index first.
+
+    `torch.topk` is free to choose among equal values, so rows where that could matter (two equal
+    neighbours among the k + 1 largest) are sorted stably instead. They are rare.
+    """
+    values, indices = pre.topk(min(k + 1, pre.shape[1]), dim=1)
+    tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)).any(dim=1)
+    if bool(tied.any()):
+        exact = torch.sort(pre[tied], dim=1, descending=True, stable=True)
+        values[tied] = exact.values[:, : values.shape[1]]
+        indices[tied] = exact.indices[:, : values.shape[1]]
+    return values[:, :k], indices[:, :k]
+
+
+def _chunks(
+    x: Float[Tensor, "rows d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+) -> Iterator[tuple[int, Float[Tensor, "chunk d_sae"]]]:
+    """Yield (first row, pre-activations) a few hundred rows at a time, always in one buffer."""
+    x, W_enc, b_enc = x.detach(), W_enc.detach(), b_enc.detach()  # a buffer takes no gradient
+    buffer = x.new_empty(min(CHUNK_ROWS, len(x)), len(b_enc))
+    for start in range(0, len(x), CHUNK_ROWS):
+        part = x[start : start + CHUNK_ROWS]
+        yield start, affine(part, W_enc, b_enc, out=buffer[: len(part)])
+
+
+def _first_largest(
+    values: Float[Tensor, "pool"], places: Int[Tensor, "pool"], n: int
+) -> tuple[Float[Tensor, "n"], Int[Tensor, "n"]]:
+    """Return the n largest values with their places, order kept; of equal ones the first."""
+    if n == 0:
+        return values[:0], places[:0]
+    least = values.topk(n, sorted=False).values.min()
+    keep = values > least
+    equal = (values == least).nonzero().squeeze(1)
+    keep[equal[: n - int(keep.sum())]] = True
+    return values[keep], places[keep]

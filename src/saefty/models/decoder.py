@@ -1,0 +1,372 @@
+"""Causal language models of transformers: Llama, Gemma 2, GPT-2, Qwen 3 and every family like them.
+
+The blocks are found by their number, and the tokenizer decides about templates and special tokens,
+so a family needs no code of its own as long as `hooks.find_layout` knows the names of a block's
+children. Whether it read them rightly is checked by arithmetic when the model is loaded.
+"""
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from saefty.errors import InputError, MismatchError
+from saefty.models.base import (
+    MODEL_FAMILIES,
+    Intervention,
+    ModelAdapter,
+    Positions,
+    TokenBatch,
+    TokenizedExample,
+)
+from saefty.models.checkpoint import (
+    ModelInfo,
+    ModelSection,
+    describe,
+    load_tokenizer,
+    load_weights,
+)
+from saefty.models.hooks import capturing, editing, find_blocks, place_of
+from saefty.models.text import TextEncoder, with_response
+from saefty.records import Example, Site
+
+log = logging.getLogger(__name__)
+
+
+@MODEL_FAMILIES.register("decoder")
+class Decoder(ModelAdapter):
+    """A causal language model.
+
+    Args:
+        model: A transformers model with its language-model head.
+        tokenizer: Its fast tokenizer.
+        info: Its size and name.
+        provenance: Where it comes from, for `metadata.json`.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, info: ModelInfo, provenance: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.info = info
+        self.provenance = provenance
+        self.text = TextEncoder(tokenizer, info.name, info.max_length)
+        self.blocks = find_blocks(model, info.n_layers)
+        self.config = model.config.get_text_config()
+        embedding = model.get_input_embeddings().weight
+        self.dtype, self.device = embedding.dtype, embedding.device
+        self._special_ids = torch.as_tensor(self.text.special_ids, device=self.device)
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self._positions: Positions | None = None
+        self._ours = False  # whether a forward pass was started here and told its positions
+        self._parts_problem = self._check_parts()
+
+    @staticmethod
+    def claims(config: Any) -> bool:
+        """Return whether a checkpoint holds a text-only model with a language-model head."""
+        if hasattr(config, "vision_config"):
+            return False
+        if not config.architectures:
+            return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return config.architectures[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @classmethod
+    def load(cls, section: ModelSection, info: ModelInfo) -> "Decoder":
+        """Read tokenizer and weights from a folder or the hub."""
+        tokenizer = load_tokenizer(section)
+        model = load_weights(section, transformers.AutoModelForCausalLM)
+        return cls(model, tokenizer, info, describe(section, info, model))
+
+    def tokenize(
+        self, examples: Sequence[Example], *, truncate: Literal["never", "left", "right"] = "never"
+    ) -> list[TokenizedExample]:
+        """Turn examples into tokens; see `ModelAdapter.tokenize`."""
+        return self.text(examples, truncate)
+
+    def collate(
+        self, items: Sequence[TokenizedExample], side: Literal["left", "right"] = "right"
+    ) -> TokenBatch:
+        """Pad tokenised examples to one length.
+
+        Raises:
+            ValueError: If there are none, or one is not `ok`.
+        """
+        bad = next((item for item in items if item.status != "ok"), None)
+        if bad is not None or not items:
+            what = f"example {bad.example.id} is {bad.status}" if bad else "there are no examples"
+            raise ValueError(f"a batch is made of examples whose status is ok, but {what}")
+        length = max(len(item.ids) for item in items)
+        shape = (len(items), length)
+        pad = self.tokenizer.pad_token_id or 0
+        ids, mask = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=bool)
+        special, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        for row, item in enumerate(items):
+            start = length - len(item.ids) if side == "left" else 0
+            here = slice(start, start + len(item.ids))
+            ids[row, here], mask[row, here], special[row, here] = item.ids, True, item.special
+            if item.response_start is not None:
+                response[row, start + item.response_start : here.stop] = True
+        position_ids = np.clip(mask.cumsum(axis=1) - 1, 0, None)
+        return TokenBatch(
+            ids=torch.from_numpy(ids).to(self.device),
+            mask=torch.from_numpy(mask).to(self.device),
+            position_ids=torch.from_numpy(position_ids).to(self.device),
+            special=torch.from_numpy(special).to(self.device),
+            response=torch.from_numpy(response).to(self.device),
+            items=tuple(items),
+        )
+
+    def capture(
+        self,
+        batch: TokenBatch,
+        sites: Sequence[Site],
+        rows: Bool[Tensor, "batch seq"] | None = None,
+    ) -> dict[Site, Tensor]:
+        """Return the activations at some sites; see `ModelAdapter.capture`.
+
+        Raises:
+            ConfigError: If a layer is out of range or a site occurs twice.
+            MismatchError: If the family does not have the part.
+        """
+        self.info.check_sites(sites)
+        places = [(site, *self._place(site)) for site in sites]
+        found: dict[Site, Tensor] = {}
+        if places:
+            with capturing(places, rows, found):
+                self._forward(batch.ids, batch.mask, _whole(batch), use_cache=False)
+        return {site: found[site] for site in sites}
+
+    def logits(self, batch: TokenBatch) -> Float[Tensor, "batch seq vocab"]:
+        """Return the next-token logits at every position, in the model's dtype."""
+        return self._forward(batch.ids, batch.mask, _whole(batch), use_cache=False).logits
+
+    def loss(self, batch: TokenBatch) -> Float[Tensor, "batch next"]:
+        """Return -log p of each token given those before it; see `ModelAdapter.loss`."""
+        logits, targets = self.logits(batch)[:, :-1], batch.ids[:, 1:]
+        rows = [  # one by one: float32 logits of a whole batch can be gigabytes
+            nn.functional.cross_entropy(row.float(), target, reduction="none")
+            for row, target in zip(logits, targets, strict=True)
+        ]
+        real = batch.mask[:, 1:] & batch.mask[:, :-1]
+        return torch.stack(rows).masked_fill(~real, float("nan"))
+
+    @contextmanager
+    def intervene(self, site: Site, edit: Intervention) -> Iterator[None]:
+        """Edit the activations at a site within the context; see `ModelAdapter.intervene`.
+
+        It holds for every forward pass of the model, also those started by transformers' own
+        `generate`.
+
+        Raises:
+            ConfigError: If the layer is out of range.
+            MismatchError: If the family does not have the part.
+        """
+        self.info.check_sites([site])
+        self._place(site)
+
+        def edit_here(x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+            assert self._positions is not None, "an edit ran outside a forward pass"
+            return edit(x, self._positions)
+
+        handle = self.model.base_model.register_forward_pre_hook(self._observe, with_kwargs=True)
+        try:
+            with editing(site, self.blocks[site.layer], self.config, edit_here):
+                yield
+        finally:
+            handle.remove()
+
+    def generate(
+        self,
+        examples: Sequence[Example],
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        temperature: float = 0.0,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """Return the model's reply to each example; see `ModelAdapter.generate`.
+
+        Raises:
+            InputError: If a prompt is empty or longer than the context.
+        """
+        items = self.tokenize([with_response(example, None) for example in examples])
+        for item in items:
+            if item.status != "ok":
+                raise InputError(
+                    f"example {item.example.id} cannot be replied to: its prompt is {item.status} "
+                    f"({len(item.ids)} tokens; {self.name} takes 1 to {self.max_length}).",
+                    then="Leave it out or shorten it.",
+                )
+        order = sorted(range(len(items)), key=lambda i: (-len(items[i].ids), i))
+        replies = [""] * len(items)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            streams = [_stream(seed, items[i].example.id) for i in chosen]
+            batch = self.collate([items[i] for i in chosen], side="left")
+            new = self._continue(batch, max_new_tokens, temperature, streams)
+            for i, ids in zip(chosen, new, strict=True):
+                replies[i] = self.text.decode_reply(items[i], ids)
+        return replies
+
+    def _continue(
+        self,
+        batch: TokenBatch,
+        max_new_tokens: int,
+        temperature: float,
+        streams: Sequence[torch.Generator],
+    ) -> list[list[int]]:
+        """Return the new tokens of each row, an end-of-text token left out."""
+        stops = self._stop_ids()
+        room = [min(max_new_tokens, self.max_length - len(item.ids)) for item in batch.items]
+        if min(room) < max_new_tokens:
+            log.warning(
+                "%d replies may be cut by the context", sum(r < max_new_tokens for r in room)
+            )
+        replies: list[list[int]] = [[] for _ in room]
+        alive = [r > 0 for r in room]
+        ids, mask, positions, cache = batch.ids, batch.mask, _whole(batch), None
+        while any(alive):
+            output = self._forward(
+                ids, mask, positions, use_cache=True, past_key_values=cache, logits_to_keep=1
+            )
+            cache = output.past_key_values
+            tokens = _choose(output.logits[:, -1].float(), temperature, streams)
+            for row, token in enumerate(tokens.tolist()):
+                alive[row] = alive[row] and token not in stops
+                if alive[row]:
+                    replies[row].append(token)
+                    alive[row] = len(replies[row]) < room[row]
+            ids = tokens[:, None].to(self.device)
+            going = torch.tensor(alive, device=self.device)[:, None]
+            mask = torch.cat([mask, going], dim=1)
+            positions = Positions(
+                mask=going,
+                index=torch.where(going, positions.index[:, -1:] + 1, positions.index[:, -1:]),
+                special=torch.isin(ids, self._special_ids),
+                response=going,
+                is_prefill=False,
+            )
+        return replies
+
+    def _stop_ids(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        several = configured if isinstance(configured, list) else [configured]
+        return {i for i in (*several, self.tokenizer.eos_token_id) if i is not None}
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch total"],
+        positions: Positions,
+        **options: Any,
+    ) -> Any:
+        options["position_ids"] = positions.index
+        self._positions, self._ours = positions, True
+        try:
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                **{name: value for name, value in options.items() if name in self._takes},
+            )
+        finally:
+            self._positions, self._ours = None, False
+
+    def _observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out the positions of a forward pass that was not started here."""
+        if self._ours:
+            return
+        given = kwargs.get("input_ids", args[0] if args else None)
+        embedded = given if given is not None else kwargs["inputs_embeds"]
+        batch, length = embedded.shape[:2]
+        past = kwargs.get("past_key_values")
+        seen = past.get_seq_length() if past is not None else 0
+        whole = kwargs.get("attention_mask")
+        if not isinstance(whole, Tensor) or whole.ndim != 2:
+            whole = torch.ones(batch, seen + length, device=self.device)
+        mask = whole.bool()[:, -length:]
+        index = (whole.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        special = torch.zeros_like(mask) if given is None else torch.isin(given, self._special_ids)
+        self._positions = Positions(
+            mask=mask,
+            index=index,
+            special=special,
+            response=mask if seen else torch.zeros_like(mask),
+            is_prefill=not seen,
+        )
+
+    def _place(self, site: Site) -> tuple[nn.Module, Literal["in", "out"]]:
+        place = place_of(site, self.blocks[site.layer], self.config)
+        if self._parts_problem and site.part not in {"resid_pre", "resid_post"}:
+            raise MismatchError(
+                f"{site.part} cannot be read in {self.name}: {self._parts_problem}.",
+                then="Use hook point resid_pre or resid_post, which every family has.",
+            )
+        return place
+
+    def _check_parts(self) -> str:
+        """Return what is wrong with the family's layout, or nothing.
+
+        What attention and MLP add must account for all that the first block adds to the residual.
+        """
+        sites = [Site(0, part) for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+        try:
+            places = [(site, *place_of(site, self.blocks[0], self.config)) for site in sites]
+        except MismatchError as error:
+            return error.message
+        ids = torch.arange(4, device=self.device)[None]
+        positions = Positions(
+            mask=torch.ones_like(ids, dtype=torch.bool),
+            index=ids,
+            special=torch.zeros_like(ids, dtype=torch.bool),
+            response=torch.zeros_like(ids, dtype=torch.bool),
+            is_prefill=True,
+        )
+        found: dict[Site, Tensor] = {}
+        with capturing(places, None, found):
+            self._forward(ids, positions.mask, positions, use_cache=False)
+        before, attn, mlp, after = (found[site].float() for site in sites)
+        gap = (before + attn + mlp - after).norm() / (after - before).norm().clamp(min=1e-9)
+        if gap < 0.05:  # bfloat16 rounds the sum to 0.4 % of the residual
+            return ""
+        return (
+            f"its attention and MLP outputs do not add up to what its first block adds "
+            f"(they differ by {float(gap):.0%})"
+        )
+
+
+def _whole(batch: TokenBatch) -> Positions:
+    return Positions(
+        mask=batch.mask,
+        index=batch.position_ids,
+        special=batch.special,
+        response=batch.response,
+        is_prefill=True,
+    )
+
+
+def _stream(seed: int, example_id: str) -> torch.Generator:
+    """Return an example's own random numbers, named by the seed and its id."""
+    name = hashlib.blake2b(f"{seed}/{example_id}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(name, "big") >> 1)
+
+
+def _choose(
+    logits: Float[Tensor, "batch vocab"], temperature: float, streams: Sequence[torch.Generator]
+) -> Int[Tensor, "batch"]:
+    """Return the likeliest token of each row, or one drawn from each row's own stream."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    sums = (logits.cpu().double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    draws = torch.stack([torch.rand(1, generator=s, dtype=torch.float64) for s in streams])
+    return torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]

@@ -1,0 +1,255 @@
+"""Reading and editing activations inside a model: the only file that knows about hooks and tuples.
+
+A site is read where PyTorch hands the tensor over: at a module's input or at its output. Which
+module that is differs by family only in a few child names (`Layout`). A block's output is a tensor
+or a tuple that begins with one, depending on family and version; both are handled here.
+
+transformers' own `output_hidden_states` is never used: its last entry is taken after the final
+norm, and the first call with it installs hooks that run before an edit registered later.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from saefty.errors import MismatchError
+from saefty.records import Site
+
+Edit = Callable[[Float[Tensor, "batch seq d_model"]], Float[Tensor, "batch seq d_model"]]
+
+PARALLEL_FAMILIES = ("gptj", "phi", "cohere", "codegen", "gpt_neox", "falcon")
+
+
+class Captured(Exception):  # noqa: N818 - a signal that everything asked for is there, no error
+    """Raised inside a forward pass to stop it after the deepest site."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The children of a block at which its parts are read. A name that is None does not exist."""
+
+    attn_out: str
+    """Its output is what attention adds to the residual (the post-norm, where there is one)."""
+    mlp_out: str
+    """Its output is what the MLP adds to the residual (the post-norm, where there is one)."""
+    mlp_in: str
+    """The first module after the attention add: its input is the residual there."""
+    norm: bool
+    """`mlp_in` is a norm, whose output the MLP reads; otherwise the MLP itself."""
+    parallel: bool
+    """Attention and MLP read the same residual: there is no place between them."""
+
+
+def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """Return the list of decoder blocks: the ModuleList that is `n_layers` long.
+
+    Raises:
+        MismatchError: If no list, or more than one outside a vision tower, has that length.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
+    text = {name: module for name, module in found.items() if "vision" not in name} or found
+    if len(text) != 1:
+        raise MismatchError(
+            f"{type(model).__name__} should have one list of {n_layers} blocks, but "
+            f"{len(text)} were found: {', '.join(text) or 'none'}.",
+            then="This family needs a file of its own in saefty/models.",
+        )
+    return next(iter(text.values()))
+
+
+def find_layout(block: nn.Module, config: Any) -> Layout:
+    """Return where a block's parts are read, from the names of its children.
+
+    Raises:
+        MismatchError: If attention or MLP is not among the children under a known name.
+    """
+    children = dict(block.named_children())
+    attn = next((name for name in ("self_attn", "attn", "attention") if name in children), None)
+    mlp = next((name for name in ("mlp", "feed_forward", "moe") if name in children), None)
+    if attn is None or mlp is None:
+        raise MismatchError(
+            f"{type(block).__name__} has the children {', '.join(children)}, among which attention "
+            "and MLP are not recognised.",
+            then="Use hook point resid_pre or resid_post, which every family has.",
+        )
+    sandwich = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2
+    before = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
+    norm = next((name for name in (before, "ln_2") if name in children), None)
+    return Layout(
+        attn_out="post_attention_layernorm" if sandwich else attn,
+        mlp_out="post_feedforward_layernorm" if sandwich else mlp,
+        mlp_in=norm or mlp,
+        norm=norm is not None,
+        parallel=config.model_type in PARALLEL_FAMILIES
+        and getattr(config, "use_parallel_residual", True),
+    )
+
+
+def place_of(site: Site, block: nn.Module, config: Any) -> tuple[nn.Module, Literal["in", "out"]]:
+    """Return the module at whose input or output a site's activations can be read.
+
+    Raises:
+        MismatchError: If the family has no such place.
+    """
+    if site.part == "resid_pre":
+        return block, "in"
+    if site.part == "resid_post":
+        return block, "out"
+    layout = find_layout(block, config)
+    if site.part == "attn_out":
+        return block.get_submodule(layout.attn_out), "out"
+    if site.part == "mlp_out":
+        return block.get_submodule(layout.mlp_out), "out"
+    if layout.parallel:
+        raise MismatchError(
+            f"{site.part} does not exist in {config.model_type} models: their attention and MLP "
+            "run in parallel, so there is no residual between them.",
+            then="Set extract.hook_point to attn_out or resid_post.",
+        )
+    module = block.get_submodule(layout.mlp_in)
+    return module, "out" if site.part == "post_attn_ln" and layout.norm else "in"
+
+
+@contextmanager
+def capturing(
+    places: Sequence[tuple[Site, nn.Module, Literal["in", "out"]]],
+    rows: Bool[Tensor, "batch seq"] | None,
+    into: dict[Site, Tensor],
+) -> Iterator[None]:
+    """Write each site's activations into a dict, and stop the forward pass once all are there.
+
+    The hooks run behind those of edits that were registered before, so that they read what the rest
+    of the model reads.
+    """
+
+    def keep(site: Site, x: Tensor) -> None:
+        x = x.detach()
+        into[site] = x if rows is None else x[rows.to(x.device)]
+        if len(into) == len(places):
+            raise Captured
+
+    with ExitStack() as hooks:
+        for site, module, end in places:
+
+            def read_output(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
+                keep(site, first_tensor(output))
+
+            def read_input(_: nn.Module, args: Any, kwargs: Any, site: Site = site) -> None:
+                keep(site, hidden_input(args, kwargs))
+
+            if end == "out":
+                hooks.enter_context(_removing(module.register_forward_hook(read_output)))
+            else:
+                hooks.enter_context(
+                    _removing(module.register_forward_pre_hook(read_input, with_kwargs=True))
+                )
+        with suppress(Captured):
+            yield
+    assert len(into) == len(places), "a forward pass did not reach every site"
+
+
+def editing(site: Site, block: nn.Module, config: Any, edit: Edit) -> AbstractContextManager[None]:
+    """Return a context in which `edit` replaces the activations at a site.
+
+    The residual after attention is no module's output and is read twice, by the norm and by the
+    block's last add: the change is made at the norm's input and added to the block's output.
+    """
+    if site.part == "post_attn_resid":
+        return _editing_between(block, place_of(site, block, config)[0], edit)
+    module, end = place_of(site, block, config)
+    return _editing_output(module, edit) if end == "out" else _editing_input(module, edit)
+
+
+@contextmanager
+def _editing_output(module: nn.Module, edit: Edit) -> Iterator[None]:
+    def replace(_: nn.Module, __: Any, output: Any) -> Any:
+        return _with_first(output, _applied(edit, first_tensor(output)))
+
+    with _removing(module.register_forward_hook(replace)):
+        yield
+
+
+@contextmanager
+def _editing_input(module: nn.Module, edit: Edit) -> Iterator[None]:
+    def replace(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        edited = _applied(edit, hidden_input(args, kwargs))
+        return _called_with(edited, args, kwargs)
+
+    with _removing(module.register_forward_pre_hook(replace, with_kwargs=True)):
+        yield
+
+
+@contextmanager
+def _editing_between(block: nn.Module, reader: nn.Module, edit: Edit) -> Iterator[None]:
+    change: list[Tensor] = []
+
+    def replace(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = hidden_input(args, kwargs)
+        edited = _applied(edit, x)
+        change[:] = [edited - x]
+        return _called_with(edited, args, kwargs)
+
+    def add(_: nn.Module, __: Any, output: Any) -> Any:
+        return _with_first(output, first_tensor(output) + change.pop())
+
+    with (
+        _removing(reader.register_forward_pre_hook(replace, with_kwargs=True)),
+        _removing(block.register_forward_hook(add, prepend=True)),  # before edits of the output
+    ):
+        yield
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the activations in a module's output, a tensor or a tuple that begins with one."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the activations that a module was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _called_with(
+    x: Float[Tensor, "batch seq d_model"], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+def count_nonfinite(
+    x: Float[Tensor, "*shape d_model"], mask: Bool[Tensor, "*shape"] | None = None
+) -> int:
+    """Return how many rows hold a NaN or an infinity; rows where `mask` is False do not count."""
+    bad = ~torch.isfinite(x).all(dim=-1)
+    return int((bad if mask is None else bad & mask.to(bad.device)).sum())
+
+
+def _applied(edit: Edit, x: Tensor) -> Tensor:
+    """Return the edit of a copy of `x` (at a block's input it is also the last block's output)."""
+    edited = edit(x.clone())
+    if edited.shape != x.shape:
+        raise ValueError(
+            f"an intervention must keep the shape {tuple(x.shape)}, but returned "
+            f"{tuple(edited.shape)}"
+        )
+    return edited.to(device=x.device, dtype=x.dtype)
+
+
+def _with_first(output: Any, tensor: Tensor) -> Any:
+    return tensor if isinstance(output, Tensor) else (tensor, *output[1:])
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

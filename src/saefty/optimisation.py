@@ -1,0 +1,197 @@
+"""One SAE in training: its first weights, its steps, its dead latents, and its whole state.
+
+A step is AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on gradients that are first made
+orthogonal to the decoder rows they would otherwise lengthen, then clipped by their global norm; the
+decoder rows are brought back to norm 1 afterwards. Latents that have not fired for long learn from
+what the others leave unexplained (AuxK: Gao et al. 2024, arXiv:2406.04093, appendix A.2).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saefty.errors import NumericError
+from saefty.kernels.base import SparseKernels, choose_kernels
+from saefty.saes.base import SaeConfig
+from saefty.saes.gradients import training_step
+from saefty.training_settings import OptimizerSection
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class EarlyStopping:
+    """When to stop: after `patience` measurements without a new best; None never stops."""
+
+    patience: int | None
+    best_fvu: float | None = None
+    best_step: int = 0
+    misses: int = 0
+    stopped_at: int | None = None
+
+    def is_best(self, step: int, fvu: float | None) -> bool:
+        """Take note of a measurement; return whether it is the best so far."""
+        if self.patience is None or fvu is None:
+            return False
+        if self.best_fvu is None or fvu < self.best_fvu:
+            self.best_fvu, self.best_step, self.misses = fvu, step, 0
+            return True
+        self.misses += 1
+        if self.misses >= self.patience:
+            self.stopped_at = step
+        return False
+
+
+class Trainee:
+    """An SAE with its optimiser and what is known about its latents.
+
+    Args:
+        config: The SAE to train.
+        optimizer: How its weights move.
+        grad_clip: Largest global norm of a gradient; None leaves it as it is.
+        n_steps: Length of the schedule.
+        dead_after: Rows without firing after which a latent counts as dead.
+        device: Where to train.
+    """
+
+    def __init__(
+        self,
+        config: SaeConfig,
+        optimizer: OptimizerSection,
+        *,
+        grad_clip: float | None,
+        n_steps: int,
+        dead_after: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.sae = config.build().to(device)
+        self.kernels: SparseKernels = choose_kernels(device)
+        self.section = optimizer
+        self.grad_clip = grad_clip
+        self.n_steps = n_steps
+        self.dead_after = dead_after
+        self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+        # W_enc is trained by latents, as it lies in memory; this parameter is the same memory.
+        self.parameters = {
+            name: nn.Parameter(value.data.T if name == "W_enc" else value.data)
+            for name, value in self.sae.named_parameters()
+        }
+        self.adam = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=torch.device(device).type in ("cpu", "cuda"),
+        )
+
+    @property
+    def dead(self) -> Int[Tensor, "dead"]:
+        """Indices of the latents that have not fired for `dead_after` rows."""
+        return (self.since_fired >= self.dead_after).nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def start(self, x: Float[Tensor, "rows d_in"], seed: int) -> None:
+        """Set the first weights.
+
+        Decoder rows are random unit vectors, the encoder is their transpose times the one factor
+        that minimises the reconstruction error of a first batch (measured: a wrong factor costs
+        hundreds of steps). The factor has a closed form, because the activations scale with it.
+        """
+        sae = self.sae
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(sae.d_sae, sae.d_in, generator=generator).to(x)
+        sae.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
+        sae.b_dec.copy_(x.mean(dim=0))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc.copy_(-(sae.b_dec @ sae.W_enc))
+        code = sae.training_code(x, self.kernels)
+        z = sae.activate_in_training(x @ sae.W_enc + sae.b_enc) if code is None else code
+        explained = sae.decode(z) - sae.b_dec
+        power = float(explained.square().sum())
+        factor = float(((x - sae.b_dec) * explained).sum()) / power if power > 0 else 1.0
+        sae.W_enc.mul_(factor)
+        sae.b_enc.mul_(factor)
+
+    @torch.no_grad()
+    def step(self, x: Float[Tensor, "rows d_in"], step: int) -> dict[str, float]:
+        """Learn from one batch of scaled activations.
+
+        Args:
+            x: The batch.
+            step: Number of the step, counted from 0.
+
+        Returns:
+            Figures of the batch, before the weights moved: loss, squared_error (the sum over rows
+            and dimensions), l0, dead_share, lr and grad_norm.
+
+        Raises:
+            NumericError: If loss or gradient is not finite; the weights are as before the step.
+        """
+        dead = self.dead
+        result = training_step(self.sae, x, dead, self.kernels)
+        gradients = result.gradients
+        if self.sae.unit_decoder:
+            along = (gradients["W_dec"] * self.sae.W_dec).sum(dim=1, keepdim=True)
+            gradients["W_dec"].sub_(along * self.sae.W_dec)
+        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+        loss = float(result.loss)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NumericError(f"the loss is {loss} and the gradient's norm {norm}.")
+        if self.grad_clip is not None and norm > self.grad_clip:
+            for gradient in gradients.values():
+                gradient.mul_(self.grad_clip / norm)
+        rate = self.section.rate(step, self.n_steps)
+        self._move(gradients, rate)
+        self.since_fired += len(x)
+        self.since_fired[result.code.indices] = 0
+        self.sae.observe(result.code)
+        return {
+            "loss": loss,
+            "squared_error": float(result.squared_error),
+            "l0": len(result.code.values) / len(x),
+            "dead_share": len(dead) / self.sae.d_sae,
+            "lr": rate,
+            "grad_norm": norm,
+        }
+
+    def _move(self, gradients: dict[str, Tensor], rate: float) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name]
+        self.adam.step()
+        self.adam.zero_grad()
+        if self.sae.unit_decoder:
+            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return everything that makes the SAE, by name."""
+        return self.sae.state_dict()
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Set what `weights` returned, in place: the optimiser moves the same memory."""
+        for name, value in self.sae.state_dict().items():
+            value.copy_(weights[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that the next steps depend on."""
+        tensors = {**self.weights(), "since_fired": self.since_fired}
+        for name, parameter in self.parameters.items():
+            memory = self.adam.state[parameter]
+            tensors[f"{name}.step"] = memory["step"]
+            tensors.update({f"{name}.{moment}": memory[moment] for moment in ADAM_MOMENTS})
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Set what `state` returned."""
+        device = self.since_fired.device
+        self.load_weights(tensors)
+        self.since_fired.copy_(tensors["since_fired"])
+        for name, parameter in self.parameters.items():
+            memory = {"step": tensors[f"{name}.step"]}
+            memory |= {m: tensors[f"{name}.{m}"].to(device) for m in ADAM_MOMENTS}
+            self.adam.state[parameter] = memory

@@ -1,0 +1,380 @@
+"""The loop that reads a model over a dataset: a fixed plan, then pieces of rows in dataset order.
+
+The plan is made from token lengths alone, before the first forward pass. It cuts the dataset into
+*pieces* of consecutive examples, each small enough to hold in memory and to do again, and fixes
+which examples share a forward pass inside each piece (sorted by length, within a token budget).
+A row's bytes therefore depend on the plan and never on where an earlier run stopped.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from saefty import fsio
+from saefty.config import Config
+from saefty.errors import ConfigError, InputError, NumericError
+from saefty.log import progress
+from saefty.models.base import ModelAdapter, TokenizedExample
+from saefty.models.batching import DEFAULT_TOKEN_BUDGET, plan_batches
+from saefty.records import ROLES, Example, Message, Site
+from saefty.runs import Ledger
+from saefty.stores.activations import ROW_COLUMNS, RowTable
+from saefty.stores.base import piece_ranges
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 64 << 20
+"""Activations of one layer in a piece: large enough that checksums and flushes cost little."""
+
+SHOWN_IDS = 5
+
+
+class PoolingSection(Config):
+    """How the rows of an example's tokens become one row."""
+
+    name: Literal["none", "text_only_mean", "eos", "last_k_mean", "span_mean"] = "none"
+    """`none` keeps every token that is not special; `text_only_mean` their mean, after the image
+    where there is one; `eos` the last token; `last_k_mean` the mean of the last `last_k`;
+    `span_mean` the mean of the tokens `span`."""
+
+    last_k: int = Field(default=5, gt=0)
+    """Tokens in `last_k_mean`."""
+
+    span: tuple[int, int] | None = None
+    """Token positions [start, end) of `span_mean`, BOS counted as 0."""
+
+
+class SaveSection(Config):
+    """How the store is cut into files."""
+
+    shard_size: int | None = Field(default=None, gt=0)
+    """Rows in a shard; None cuts by bytes (64 MiB a layer)."""
+
+
+class ReadingSection(Config):
+    """How a model is read over a dataset; shared by `extract` and `encode`."""
+
+    hook_point: Literal[
+        "resid_pre", "post_attn_resid", "post_attn_ln", "resid_post", "attn_out", "mlp_out"
+    ] = "resid_post"
+    """What to read in each block (see the concepts page)."""
+
+    pooling: PoolingSection = PoolingSection()
+    """How the rows of an example's tokens become one row."""
+
+    limit_examples: int | None = Field(default=None, gt=0)
+    """Stop after this many examples; None reads them all."""
+
+    truncate: Literal["never", "left", "right"] = "never"
+    """What to do with a text longer than the model's context: `never` skips and counts it, `right`
+    drops its end, `left` its beginning."""
+
+    nonfinite: Literal["stop", "mask"] = "stop"
+    """What to do when an activation is NaN or infinite: `stop`, or `mask`: drop the row in all
+    layers and count it for each layer."""
+
+    token_budget: int = Field(default=DEFAULT_TOKEN_BUDGET, gt=0)
+    """Tokens in one forward pass, padding counted."""
+
+    save: SaveSection = SaveSection()
+    """How the store is cut into files."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which examples make up each piece, and which of them share a forward pass."""
+
+    pieces: tuple[tuple[tuple[int, ...], ...], ...]
+    """For each piece its batches, each a tuple of indices of examples."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {"pieces": [[list(batch) for batch in piece] for piece in self.pieces]}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece, read: its rows in dataset order, on the CPU."""
+
+    index: int
+    rows: RowTable
+    activations: Mapping[Site, Float[Tensor, "rows d_model"]]
+    masked: Mapping[str, int]
+    """Rows dropped because they were not finite, for each layer in which they were not."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A dataset made ready for a model: its tokens, its plan and what was left out."""
+
+    items: list[TokenizedExample]
+    statuses: list[str]
+    """`ok`, or why the example is left out: `too_long`, `empty`, `no_tokens`."""
+    plan: Plan
+    ledger: Ledger
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the plan reads."""
+        planned = (i for piece in self.plan.pieces for batch in piece for i in batch)
+        return sum(len(self.items[i].ids) for i in planned)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the example table: one record an example that came in, in order."""
+        return [
+            {
+                **example_record(item.example),
+                "text": item.text,
+                "status": status,
+                "n_tokens": len(item.ids),
+                "response_start": item.response_start,
+            }
+            for item, status in zip(self.items, self.statuses, strict=True)
+        ]
+
+
+def example_record(example: Example) -> dict[str, Any]:
+    """Return an example as JSON values."""
+    turns = example.messages
+    return {
+        "example_id": example.id,
+        "prompt": example.prompt,
+        "response": example.response,
+        "messages": None if turns is None else [[turn.role, turn.content] for turn in turns],
+        "image": example.image,
+        "label": example.label,
+        "group": example.group,
+        "source": example.source,
+        "raw": example.raw,
+    }
+
+
+def example_from(record: Mapping[str, Any]) -> Example:
+    """Return the example that `example_record` wrote."""
+    turns = record["messages"]
+    return Example(
+        id=record["example_id"],
+        prompt=record["prompt"],
+        response=record["response"],
+        messages=None if turns is None else tuple(Message(*turn) for turn in turns),
+        image=record["image"],
+        label=record["label"],
+        group=record["group"],
+        source=record["source"],
+        raw=record["raw"],
+    )
+
+
+def prepare(
+    model: ModelAdapter, examples: Sequence[Example], section: ReadingSection, n_sites: int = 1
+) -> Reading:
+    """Tokenise a dataset and fix the plan.
+
+    Args:
+        model: The model that will read it.
+        examples: The dataset.
+        section: How to read it.
+        n_sites: Sites read at once, for the estimate of memory.
+
+    Raises:
+        InputError: If no example can be read.
+    """
+    chosen = list(examples[: section.limit_examples])
+    items = model.tokenize(chosen, truncate=section.truncate)
+    kept = [int(kept_tokens(item, section.pooling).sum()) for item in items]
+    statuses = [
+        "no_tokens" if item.status == "ok" and not n else str(item.status)
+        for item, n in zip(items, kept, strict=True)
+    ]
+    counts = Counter(statuses)
+    ledger = Ledger(ok=counts.pop("ok", 0), skipped=counts)
+    if not ledger.ok:
+        raise InputError(
+            f"none of the {len(items)} examples can be read by {model.name}: "
+            f"{dict(ledger.skipped)}.",
+            then=f"The model reads up to {model.max_length} tokens; set extract.truncate=right to "
+            "shorten longer texts, and check that data.text names a column with text.",
+        )
+    if ledger.skipped:
+        log.warning("%d of %d examples are left out: %s", counts.total(), len(items), ledger)
+    usable = [i for i, status in enumerate(statuses) if status == "ok"]
+    plan = _plan(items, usable, [kept[i] for i in usable], section, model.d_model, n_sites)
+    return Reading(items, statuses, plan, ledger)
+
+
+def write_tables(folder: Path, reading: Reading, name: str) -> None:
+    """Write the example table and the plan, which an interrupted run resumes from.
+
+    Committing them again on a resume changes nothing: they depend on the data and the plan alone.
+    """
+    lines = "".join(fsio.dump_json_line(record) for record in reading.records())
+    fsio.commit_text(folder / name, lines)
+    fsio.commit_json(folder / "plan.json", reading.plan.as_record())
+
+
+def read_pieces(
+    model: ModelAdapter,
+    reading: Reading,
+    sites: Sequence[Site],
+    section: ReadingSection,
+    done: Collection[int] = (),
+) -> Iterator[Piece]:
+    """Run the model over the pieces that are not done yet.
+
+    Raises:
+        NumericError: If an activation is not finite and `nonfinite` is `stop`.
+    """
+    lengths = [
+        sum(len(reading.items[i].ids) for batch in batches for i in batch)
+        for batches in reading.plan.pieces
+    ]
+    before = sum(lengths[index] for index in done)
+    with progress("reading", sum(lengths), "tokens", done=before) as bar:
+        for index, batches in enumerate(reading.plan.pieces):
+            if index in done:
+                continue
+            parts: dict[int, tuple[RowTable, dict[Site, Tensor]]] = {}
+            for batch in batches:
+                parts.update(_read_batch(model, reading.items, batch, sites, section.pooling))
+                bar.advance(sum(len(reading.items[i].ids) for i in batch))
+            yield _assemble(index, parts, reading.items, sites, section.nonfinite)
+
+
+def kept_tokens(item: TokenizedExample, pooling: PoolingSection) -> Bool[np.ndarray, "tokens"]:
+    """Return which tokens of an example are kept, or averaged, by a pooling."""
+    positions = np.arange(len(item.ids))
+    text = ~item.special & (item.roles != ROLES.index("image"))
+    if pooling.name == "eos":
+        return positions == len(item.ids) - 1
+    if pooling.name == "span_mean":
+        if pooling.span is None:
+            raise ConfigError("extract.pooling.span: required with span_mean, but not given")
+        return (positions >= pooling.span[0]) & (positions < pooling.span[1])
+    if pooling.name == "last_k_mean":
+        chosen = np.zeros(len(item.ids), dtype=bool)
+        chosen[np.flatnonzero(text)[-pooling.last_k :]] = True
+        return chosen
+    if pooling.name == "text_only_mean":
+        image = np.flatnonzero(item.roles == ROLES.index("image"))
+        return text & (positions > (image[-1] if len(image) else -1))
+    return ~item.special
+
+
+def _plan(
+    items: Sequence[TokenizedExample],
+    usable: Sequence[int],
+    kept: Sequence[int],
+    section: ReadingSection,
+    width: int,
+    n_sites: int,
+) -> Plan:
+    if section.save.shard_size is not None:
+        pooled = section.pooling.name != "none"
+        sizes, limit = [1 if pooled else n for n in kept], section.save.shard_size
+    else:
+        # All tokens of a piece are held before they are pooled and written, in four bytes at most.
+        sizes, limit = [n * width * 4 for n in kept], PIECE_BYTES * 4 // max(n_sites, 4)
+    pieces = []
+    for start, end in piece_ranges(sizes, limit):
+        members = usable[start:end]
+        lengths = [len(items[i].ids) for i in members]
+        batches = plan_batches(lengths, section.token_budget, window=len(members))
+        pieces.append(tuple(tuple(members[i] for i in batch) for batch in batches))
+    return Plan(tuple(pieces))
+
+
+def _read_batch(
+    model: ModelAdapter,
+    items: Sequence[TokenizedExample],
+    batch: Sequence[int],
+    sites: Sequence[Site],
+    pooling: PoolingSection,
+) -> Iterator[tuple[int, tuple[RowTable, dict[Site, Tensor]]]]:
+    """Yield for each example of a batch its row table and its activations."""
+    members = [items[i] for i in batch]
+    kept = [kept_tokens(item, pooling) for item in members]
+    tokens = model.collate(members, side="right")
+    rows = torch.zeros_like(tokens.mask)
+    for place, chosen in enumerate(kept):
+        rows[place, : len(chosen)] = torch.from_numpy(chosen).to(rows.device)
+    captured = model.capture(tokens, sites, rows=rows)
+    counts = [int(chosen.sum()) for chosen in kept]
+    split = {site: x.cpu().split(counts) for site, x in captured.items()}
+    for place, i in enumerate(batch):
+        x = {site: split[site][place] for site in sites}
+        if pooling.name != "none":
+            x = {site: values.float().mean(0, keepdim=True) for site, values in x.items()}
+        yield i, (_row_table(i, members[place], kept[place], pooling), x)
+
+
+def _row_table(
+    index: int,
+    item: TokenizedExample,
+    kept: Bool[np.ndarray, "tokens"],
+    pooling: PoolingSection,
+) -> RowTable:
+    positions = np.flatnonzero(kept)
+    if pooling.name != "none":
+        span = item.offsets[positions]
+        columns: dict[str, Any] = {
+            "example": [index],
+            "token_pos": [-1],
+            "token_id": [-1],
+            "char_start": [span[:, 0].min()],
+            "char_end": [span[:, 1].max()],
+            "role": [item.roles[positions[-1]]],
+            "modality": [0],
+        }
+    else:
+        columns = {
+            "example": np.full(len(positions), index),
+            "token_pos": positions,
+            "token_id": item.ids[positions],
+            "char_start": item.offsets[positions, 0],
+            "char_end": item.offsets[positions, 1],
+            "role": item.roles[positions],
+            "modality": item.roles[positions] == ROLES.index("image"),
+        }
+    return {name: np.asarray(columns[name]).astype(kind) for name, kind in ROW_COLUMNS.items()}
+
+
+def _assemble(
+    index: int,
+    parts: Mapping[int, tuple[RowTable, Mapping[Site, Tensor]]],
+    items: Sequence[TokenizedExample],
+    sites: Sequence[Site],
+    nonfinite: str,
+) -> Piece:
+    """Put the examples of a piece back into dataset order and look for NaN and infinity."""
+    order = sorted(parts)
+    rows = {name: np.concatenate([parts[i][0][name] for i in order]) for name in ROW_COLUMNS}
+    x = {site: torch.cat([parts[i][1][site] for i in order]) for site in sites}
+    finite = {site: torch.isfinite(values).all(dim=1).numpy() for site, values in x.items()}
+    masked = Counter(
+        {str(site.layer): int((~ok).sum()) for site, ok in finite.items() if not ok.all()}
+    )
+    if masked:
+        good = np.logical_and.reduce(list(finite.values()))
+        bad = sorted({int(i) for i in rows["example"][~good]})
+        shown = ", ".join(items[i].example.id for i in bad[:SHOWN_IDS])
+        where = ", ".join(f"layer {layer}: {n} rows" for layer, n in masked.items())
+        if nonfinite == "stop":
+            raise NumericError(
+                f"activations are NaN or infinite ({where}), first in examples {shown}.",
+                safe="The pieces before this one are committed.",
+                then="Set model.dtype=bfloat16 or float32 if the model overflows in float16, or "
+                "extract.nonfinite=mask to drop these rows and count them.",
+            )
+        log.warning("dropped rows that are not finite (%s), in examples %s", where, shown)
+        rows = {name: column[good] for name, column in rows.items()}
+        x = {site: values[torch.from_numpy(good)] for site, values in x.items()}
+    return Piece(index, rows, x, dict(masked))

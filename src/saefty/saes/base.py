@@ -1,0 +1,338 @@
+"""What a sparse autoencoder is: raw activations in, latents, raw activations out.
+
+z = activate(x W_enc + b_enc),  x̂ = z W_dec + b_dec.  W_enc is [d_in, d_sae], W_dec [d_sae, d_in],
+b_dec is not subtracted from the input, and any scaling is folded into the weights, so there is one
+meaning of `encode`. An architecture is one file with a class that defines `activate`; it overrides
+`loss` if it has a penalty, and `training_code` if its code during training can be selected sparsely
+(then training never forms a dense rows x d_sae array).
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from saefty.config import Config
+from saefty.errors import ConfigError, MismatchError, NumericError
+from saefty.kernels.base import SparseCode, SparseKernels, affine, choose_kernels
+from saefty.records import Site
+from saefty.registry import Registry, nearest
+from saefty.saes.scaler import Normalize, Scaler
+
+DENSE_ROWS = 256
+
+__all__ = ["ARCHITECTURES", "SaeConfig", "SaeLoss", "SaeSection", "SparseAutoencoder", "SparseCode"]
+
+
+class SaeSection(Config):
+    """Which SAE to train; lists of `k` and `expansion_factor` train several in one pass."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "topk": "k",
+        "latent_ratio": "expansion_factor",
+        "architecture": "arch",
+    }
+
+    arch: str = "topk"
+    """Architecture; `saefty list saes` names them."""
+
+    k: int | tuple[int, ...] = 64
+    """Latents that fire for a row (`batch_topk`: on average); several train several SAEs."""
+
+    expansion_factor: float | tuple[float, ...] = 4.0
+    """Latents for each input dimension: d_sae = round(expansion_factor * d_in)."""
+
+    d_sae: int | None = Field(default=None, gt=0)
+    """Number of latents; None takes it from `expansion_factor`."""
+
+    normalize: Normalize = "scalar"
+    """Scale while training: `scalar` (mean away, one scale), `per_dimension` or `none`."""
+
+    aux_k: int | None = Field(default=None, ge=0)
+    """Dead latents that learn from the residual; None is half of d_in, 0 none."""
+
+    aux_weight: float = Field(default=1 / 32, ge=0)
+    """Weight of that auxiliary loss."""
+
+    options: dict[str, float] = Field(default_factory=dict)
+    """Settings of the architecture's own, such as a penalty's weight."""
+
+    @field_validator("k", "expansion_factor")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or any(one <= 0 for one in values):
+            raise ValueError(f"every value must be above 0, got {value!r}")
+        if len(set(values)) != len(values):
+            raise ValueError(f"a value stands twice in {value!r}")
+        return value
+
+    def configs(self, d_in: int) -> list["SaeConfig"]:
+        """Return the SAEs asked for, for activations of one width.
+
+        Raises:
+            ConfigError: If an SAE could not have as many firing latents as asked for.
+        """
+        ks = self.k if isinstance(self.k, tuple) else (self.k,)
+        factors = self.expansion_factor
+        factors = factors if isinstance(factors, tuple) else (factors,)
+        widths = [self.d_sae] if self.d_sae else [round(factor * d_in) for factor in factors]
+        for d_sae in widths:
+            if max(ks) > d_sae:
+                raise ConfigError(
+                    f"sae.k is {max(ks)}, but the SAE has only {d_sae} latents for activations "
+                    f"{d_in} wide. Lower sae.k or raise sae.expansion_factor."
+                )
+        return [
+            SaeConfig(self.arch, d_in, d_sae, k, self.aux_k, self.aux_weight, self.options)
+            for d_sae in widths
+            for k in ks
+        ]
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """One SAE: its architecture, its shape and its sparsity."""
+
+    arch: str
+    d_in: int
+    d_sae: int
+    k: int
+    aux_k: int | None = None
+    aux_weight: float = 1 / 32
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    def build(self) -> "SparseAutoencoder":
+        """Return an SAE of this configuration, all weights zero.
+
+        Raises:
+            UnknownNameError: If no architecture has this name.
+        """
+        return ARCHITECTURES[self.arch](self)
+
+
+@dataclass(frozen=True)
+class SaeLoss:
+    """A training loss and its parts, in units of the scaled activations' variance."""
+
+    total: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    auxiliary: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
+
+
+class SparseAutoencoder(nn.Module):
+    """Base of every architecture.
+
+    Args:
+        config: Shape and sparsity; the weights start at zero.
+
+    Raises:
+        ConfigError: If the architecture does not know one of its options.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, float]] = {}
+    """The architecture's own settings and their defaults."""
+
+    unit_decoder: ClassVar[bool] = True
+    """Whether training keeps the rows of W_dec at norm 1."""
+
+    def __init__(self, config: SaeConfig) -> None:
+        super().__init__()
+        unknown = [name for name in config.options if name not in self.OPTIONS]
+        if unknown:
+            known = sorted(self.OPTIONS)
+            raise ConfigError(
+                f"sae.options.{unknown[0]}: the architecture {config.arch} has no such option."
+                f"{nearest(unknown[0], known)} Known: {', '.join(known) or 'none'}."
+            )
+        self.config = config
+        self.options = {**self.OPTIONS, **config.options}
+        self.site: Site | None = None
+        self.metadata: dict[str, Any] = {}
+        # W_enc lies in memory by latents, so that both weights update latent by latent.
+        self.W_enc = nn.Parameter(torch.zeros(config.d_sae, config.d_in).T)
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.config.d_sae
+
+    @property
+    def kernels(self) -> SparseKernels:
+        """The sparse arithmetic for the device the weights are on."""
+        return choose_kernels(self.W_dec.device)
+
+    def activate(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
+        """Return the latents of pre-activations; this is what defines an architecture."""
+        raise NotImplementedError
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Return the latents of raw activations, in the weights' precision.
+
+        Raises:
+            MismatchError: If the activations have another width.
+            NumericError: If they hold NaN or infinity.
+        """
+        rows = self._checked(x)
+        z = self.activate(affine(rows, self.W_enc, self.b_enc))
+        return z.view(*x.shape[:-1], self.d_sae)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> SparseCode:
+        """Return the latents that fire, values descending within a row.
+
+        Raises:
+            MismatchError: If the activations have another width.
+            NumericError: If they hold NaN or infinity.
+        """
+        return self.select(self._checked(x), self.kernels)
+
+    def select(self, x: Float[Tensor, "rows d_in"], kernels: SparseKernels) -> SparseCode:
+        """Return the code of rows that are known to be fit; the sparse twin of `activate`."""
+        del kernels
+        codes = [
+            SparseCode.from_dense(self.activate(affine(part, self.W_enc, self.b_enc)))
+            for part in x.split(DENSE_ROWS)
+        ]
+        counts = torch.cat([code.l0 for code in codes])
+        return SparseCode(
+            torch.cat([code.values for code in codes]),
+            torch.cat([code.indices for code in codes]),
+            torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        )
+
+    def decode(self, z: Float[Tensor, "*rows d_sae"] | SparseCode) -> Float[Tensor, "*rows d_in"]:
+        """Return raw activations from latents."""
+        if isinstance(z, SparseCode):
+            return self.kernels.decode(z, self.W_dec) + self.b_dec
+        return z.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        """Return the reconstruction of raw activations."""
+        return self.decode(self.encode(x))
+
+    def contribution(
+        self, z: Float[Tensor, "*rows d_sae"], latents: Int[Tensor, "chosen"] | list[int]
+    ) -> Float[Tensor, "*rows d_in"]:
+        """Return what the chosen latents add to the reconstruction, in raw activation units.
+
+        The sum over the chosen k of z_k W_dec[k]; the bias is not part of it.
+        """
+        chosen = torch.as_tensor(latents, dtype=torch.long, device=z.device)
+        return z[..., chosen].to(self.W_dec.dtype) @ self.W_dec[chosen]
+
+    def training_code(
+        self, x: Float[Tensor, "rows d_in"], kernels: SparseKernels
+    ) -> SparseCode | None:
+        """Return the code of a training batch, or None to train on `loss` by autograd.
+
+        A code may be returned only where the gradient flows through the firing latents' values
+        alone, as in the top-k families.
+        """
+        del x, kernels
+        return None
+
+    def activate_in_training(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
+        """Return the latents of a training batch; the dense twin of `training_code`."""
+        return self.activate(pre)
+
+    def penalty(
+        self, pre: Float[Tensor, "rows d_sae"], z: Float[Tensor, "rows d_sae"]
+    ) -> Float[Tensor, ""]:
+        """Return what the architecture adds to the loss; none here."""
+        del z
+        return pre.new_zeros(())
+
+    def loss(
+        self, x: Float[Tensor, "rows d_in"], *, dead: Int[Tensor, "dead"] | None = None
+    ) -> SaeLoss:
+        """Return the training loss by the dense formula, differentiable.
+
+        mean((x - x̂)²) + aux_weight · mean((e - ê)²) + penalty, where e = x - x̂ is held constant
+        and ê is decoded from the aux_k dead latents with the largest pre-activations.
+
+        Args:
+            x: Scaled activations.
+            dead: Indices of the dead latents; None or none of them leaves that term out.
+        """
+        pre = affine(x, self.W_enc, self.b_enc)
+        z = self.activate_in_training(pre)
+        error = z @ self.W_dec + self.b_dec - x
+        reconstruction = error.square().mean()
+        auxiliary = x.new_zeros(())
+        if dead is not None and len(dead) and self.aux_k:
+            values, places = pre[:, dead].topk(min(self.aux_k, len(dead)), dim=1)
+            z_dead = torch.zeros_like(pre[:, dead]).scatter(1, places, values.relu())
+            rest = z_dead @ self.W_dec[dead] + error.detach()
+            auxiliary = self.config.aux_weight * rest.square().mean()
+        penalty = self.penalty(pre, z)
+        return SaeLoss(reconstruction + auxiliary + penalty, reconstruction, auxiliary, penalty)
+
+    @property
+    def aux_k(self) -> int:
+        """How many dead latents learn from a row's residual: half of d_in unless set."""
+        return self.d_in // 2 if self.config.aux_k is None else self.config.aux_k
+
+    def observe(self, code: SparseCode) -> None:
+        """Learn from a training batch's code what is not learnt by gradient; nothing here."""
+
+    def calibrate(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Set, after training, what depends on held-out rows; nothing here."""
+
+    def rescale_latents(self, factor: float) -> None:
+        """Adapt what is measured in units of z, besides the weights; nothing here."""
+
+    @torch.no_grad()
+    def folded(self, scaler: Scaler) -> "SparseAutoencoder":
+        """Return a copy that reads and writes raw activations instead of scaled ones.
+
+        The latents are multiplied by the scaler's unit, so that they too are in raw units; with a
+        scalar scale the rows of W_dec keep their norm.
+        """
+        raw = deepcopy(self)
+        mean, scale = scaler.mean.to(self.W_dec), scaler.scale.to(self.W_dec)
+        W_enc, unit = self.W_enc.double(), scaler.unit
+        shift = (scaler.mean / scaler.scale).to(W_enc) @ W_enc
+        raw.W_enc.copy_(W_enc / scaler.scale.to(W_enc)[:, None] * unit)
+        raw.b_enc.copy_((self.b_enc.double() - shift) * unit)
+        raw.W_dec.copy_(self.W_dec * (scale / unit))
+        raw.b_dec.copy_(self.b_dec * scale + mean)
+        raw.rescale_latents(unit)
+        return raw
+
+    def saelens(self) -> dict[str, Any]:
+        """Return what cfg.json says besides the shape: the architecture as SAELens names it."""
+        raise NotImplementedError
+
+    def _checked(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "rows d_in"]:
+        if x.shape[-1] != self.d_in:
+            raise MismatchError(
+                f"the SAE reads activations {self.d_in} wide, but these are {x.shape[-1]} wide. "
+                "Use an SAE trained on this model and layer."
+            )
+        rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        if not bool(torch.isfinite(rows).all()):
+            bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+            raise NumericError(
+                f"{bad} of {len(rows)} activations to encode hold NaN or infinity. "
+                "Set extract.nonfinite=mask to leave such rows out, or model.dtype=bfloat16 if "
+                "they come from float16."
+            )
+        return rows
+
+
+ARCHITECTURES: Registry[type[SparseAutoencoder]] = Registry("SAE architecture", "saefty.saes")

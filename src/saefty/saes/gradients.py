@@ -1,0 +1,116 @@
+"""The gradients of one training step, by hand where the code is sparse.
+
+For the top-k families the gradient flows through the values of the firing latents alone, so with
+the error e = x̂ - x of rows B by d_in, and g = 2 / (B d_in),
+
+    dL/dW_dec[i] = g · sum over rows where i fires of z_i e       dL/db_dec = g · sum of e
+    dL/dz_i      = g · e · W_dec[i]                               dL/db_enc[i] = sum of dL/dz_i
+    dL/dW_enc[i] = sum over rows where i fires of dL/dz_i x
+
+which are sparse sums; the only dense product of a step is the encoder's. The auxiliary loss has the
+same form, with the dead latents in the place of all, and the residual in that of x. The gradients
+equal those of autograd on `SparseAutoencoder.loss`. Other architectures use that autograd.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saefty.kernels.base import SparseCode, SparseKernels
+from saefty.saes.base import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one batch teaches: the gradients by parameter name, and what happened.
+
+    The gradient of W_enc is [d_sae, d_in], latent by latent, like that of W_dec.
+    """
+
+    gradients: dict[str, Tensor]
+    code: SparseCode
+    loss: Float[Tensor, ""]
+    squared_error: Float[Tensor, ""]
+    """Sum over rows and dimensions of (x - x̂)²."""
+
+
+def training_step(
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "rows d_in"],
+    dead: Int[Tensor, "dead"],
+    kernels: SparseKernels,
+) -> Step:
+    """Return the gradients of the training loss on scaled activations.
+
+    Args:
+        sae: The SAE; nothing of it is changed.
+        x: A batch of scaled activations.
+        dead: Indices of the latents that count as dead.
+        kernels: The sparse arithmetic to use.
+    """
+    with torch.no_grad():
+        code = sae.training_code(x, kernels)
+        if code is not None:
+            return _sparse(sae, x, dead, kernels, code)
+    return _dense(sae, x, dead)
+
+
+def _sparse(
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "rows d_in"],
+    dead: Int[Tensor, "dead"],
+    kernels: SparseKernels,
+    code: SparseCode,
+) -> Step:
+    error = kernels.decode(code, sae.W_dec) + sae.b_dec - x
+    squared = error.square().sum()
+    scale = 2.0 / x.numel()
+    gradients = _code_gradients(kernels, code, x, error, sae.W_dec, scale)
+    gradients["b_dec"] = error.sum(dim=0) * scale
+    loss = squared / x.numel()
+    if len(dead) and sae.aux_k and sae.config.aux_weight:
+        W_dec = sae.W_dec[dead]
+        aux = kernels.topk(x, sae.W_enc.T[dead].T, sae.b_enc[dead], min(sae.aux_k, len(dead)))
+        # The residual -error is held constant: only the dead latents learn to explain it.
+        rest = kernels.decode(aux, W_dec) + error
+        weight = sae.config.aux_weight
+        for name, gradient in _code_gradients(kernels, aux, x, rest, W_dec, scale * weight).items():
+            gradients[name][dead] += gradient
+        loss = loss + weight * rest.square().mean()
+    return Step(gradients, code, loss, squared)
+
+
+def _code_gradients(
+    kernels: SparseKernels,
+    code: SparseCode,
+    x: Float[Tensor, "rows d_in"],
+    error: Float[Tensor, "rows d_in"],
+    W_dec: Float[Tensor, "latents d_in"],
+    scale: float,
+) -> dict[str, Tensor]:
+    d_sae = len(W_dec)
+    values = kernels.row_dots(error, code, W_dec) * scale
+    return {
+        "W_enc": kernels.weight_grad(values, code, x, d_sae),
+        "b_enc": kernels.weight_grad(values, code, x.new_ones(len(x), 1), d_sae).squeeze(1),
+        "W_dec": kernels.weight_grad(code.values * scale, code, error, d_sae),
+    }
+
+
+def _dense(
+    sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"], dead: Int[Tensor, "dead"]
+) -> Step:
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    with torch.enable_grad():
+        loss = sae.loss(x, dead=dead)
+        found = torch.autograd.grad(loss.total, parameters, allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }
+    gradients["W_enc"] = gradients["W_enc"].T
+    with torch.no_grad():
+        code = SparseCode.from_dense(sae.activate_in_training(x @ sae.W_enc + sae.b_enc))
+    return Step(gradients, code, loss.total.detach(), loss.reconstruction.detach() * x.numel())

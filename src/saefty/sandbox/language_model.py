@@ -1,0 +1,215 @@
+"""The sandbox's language model: how it is trained, and where the shipped weights lie.
+
+A Llama of four blocks, 128 wide, that learns to continue a world's documents. It is saved as any
+Hugging Face model is, in a folder with its tokenizer, and is loaded by that folder's path. The
+shipped weights are rebuilt by `python -m saefty.sandbox.language_model --out FOLDER`.
+"""
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from saefty.sandbox.tokenizer import BOS, EOS, ROLE_TOKENS, build_tokenizer
+from saefty.sandbox.world import Document, World
+
+MODEL_FOLDER = Path(__file__).parent / "model"
+
+STEPS = 1500
+BATCH = 32
+PEAK_RATE = 3e-3
+WARMUP_STEPS = 50
+# The first word of an answer says whether it is a refusal; it is one word in twenty.
+FIRST_ANSWER_WEIGHT = 8.0
+# Conversations shown without any role token, and without the one before the answer: so that plain
+# text works too, and so that what will be answered is already known at the request's last word.
+PLAIN_SHARE = 0.2
+UNMARKED_SHARE = 0.3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Token ids of documents, padded on the right, and the weight of each as a target."""
+
+    ids: Int[np.ndarray, "documents length"]
+    weights: Float[np.ndarray, "documents length"]
+
+
+def training_text(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, *, seed: int
+) -> TrainingText:
+    """Return documents as the model reads them.
+
+    Args:
+        documents: What the world wrote.
+        tokenizer: The tokenizer of the same world.
+        seed: Chooses which conversations are shown without role tokens.
+    """
+    vocabulary = tokenizer.get_vocab()
+    rng = np.random.default_rng([seed, 4])
+    rows: list[list[int]] = []
+    answers: list[int] = []
+    for document in documents:
+        shown = set(ROLE_TOKENS)
+        chance = rng.random()
+        if chance < PLAIN_SHARE + UNMARKED_SHARE:
+            shown = set() if chance < PLAIN_SHARE else shown - {"assistant"}
+        row, answer = [vocabulary[BOS]], 0
+        for turn in document.turns:
+            if turn.role in shown:
+                row.append(vocabulary[ROLE_TOKENS[turn.role]])
+            if turn.role == "assistant":
+                answer = len(row)
+            row += [vocabulary[word.text] for word in turn.words]
+        rows.append([*row, vocabulary[EOS]])
+        answers.append(answer)
+    length = max(len(row) for row in rows)
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, dtype=np.int64)
+    weights = np.zeros((len(rows), length), dtype=np.float32)
+    for n, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        ids[n, : len(row)] = row
+        weights[n, 1 : len(row)] = 1.0
+        if answer:
+            weights[n, answer] = FIRST_ANSWER_WEIGHT
+    return TrainingText(ids, weights)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
+    """Return an untrained model for the vocabulary of a tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=128,
+                tie_word_embeddings=False,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                attn_implementation="sdpa",
+            )
+        )
+    return model
+
+
+def train_language_model(
+    world: World,
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train a language model on a world's documents and save it with its tokenizer.
+
+    Args:
+        world: Writes the training text; pairs that it holds out are not in it.
+        folder: Where the model goes: weights in bfloat16, config, tokenizer.
+        seed: Of the documents and of the weights.
+        steps: Batches of 32 documents.
+        on_step: Called with the number of steps done and the loss.
+
+    Returns:
+        The loss of each step, in nats a token, first answer words counted 8 times.
+    """
+    tokenizer = build_tokenizer(world)
+    started = time.perf_counter()
+    text = training_text(world.documents(steps * BATCH, seed=seed), tokenizer, seed=seed)
+    model = new_model(tokenizer, seed=seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    lengths = (text.weights > 0).sum(axis=1) + 1
+    losses: list[float] = []
+    model.train()
+    for step in range(steps):
+        rows = slice(step * BATCH, (step + 1) * BATCH)
+        longest = int(lengths[rows].max())
+        ids = torch.from_numpy(text.ids[rows, :longest])
+        weights = torch.from_numpy(text.weights[rows, :longest])
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * _schedule(step, steps)
+        loss = _loss(model, ids, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if on_step:
+            on_step(step + 1, losses[-1])
+    log.info(
+        "trained the sandbox's language model: %d steps, loss %.3f, %.0f s",
+        steps,
+        float(np.mean(losses[-50:])),
+        time.perf_counter() - started,
+    )
+    save_model(model, tokenizer, folder)
+    return losses
+
+
+def save_model(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Save a model's weights in bfloat16, its config and its tokenizer.
+
+    The config says float32, so that `dtype="auto"` computes in float32 on any machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.generation_config.do_sample = False
+    model.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _loss(
+    model: LlamaForCausalLM, ids: Int[Tensor, "batch seq"], weights: Float[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
+    # Padding is on the right, so causal attention alone keeps it out.
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    wanted = weights[:, 1:].flatten()
+    return (each * wanted).sum() / wanted.sum()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the share of the peak rate: a linear rise, then half a cosine to zero."""
+    warmup = min(WARMUP_STEPS, steps // 10 + 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rebuild the shipped weights, or those of another world."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
+    parser.add_argument("--seed", type=int, default=0, help="of the world and of the weights")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train_language_model(
+        World(options.seed), options.out, seed=options.seed, steps=options.steps
+    )
+
+
+if __name__ == "__main__":
+    main()

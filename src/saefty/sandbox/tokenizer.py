@@ -1,0 +1,54 @@
+"""The sandbox's tokenizer: every word one token, `<bos>` once in front, and a chat template."""
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from saefty.sandbox.lexicon import LANGUAGES, PUNCTUATION
+from saefty.sandbox.world import World
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+ROLE_TOKENS = {"system": "<system>", "user": "<user>", "assistant": "<assistant>"}
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '<assistant> ' }}{% generation %}{{ message['content'] + ' ' + eos_token }}"
+    "{% endgeneration %}"
+    "{% elif message['role'] in ('system', 'user') %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}"
+    "{% else %}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a world: its vocabulary is every word the world can say."""
+    words = sorted(set().union(*(world.grammar.vocabulary(language) for language in LANGUAGES)))
+    specials = [PAD, BOS, EOS, UNK, *ROLE_TOKENS.values()]
+    vocabulary = {text: n for n, text in enumerate([*specials, *PUNCTUATION, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A $B",
+        special_tokens=[(BOS, vocabulary[BOS])],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        additional_special_tokens=list(ROLE_TOKENS.values()),
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+        padding_side="right",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

@@ -1,0 +1,1 @@
+"""The commands: each file has one configuration and one `run`, which joins the floors below."""

@@ -1,0 +1,103 @@
+"""What every stage returns, and how a stage gets its model and its data."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saefty import fsio
+from saefty.data.base import DataSection, load_examples
+from saefty.errors import ConfigError, InputError
+from saefty.extraction import example_record
+from saefty.models.base import ModelAdapter, ModelSection, inspect_model, load_model
+from saefty.records import Example, Site
+from saefty.runs import METADATA, read_metadata
+
+log = logging.getLogger(__name__)
+
+GIVEN_IN_PYTHON = "python"
+"""`data.name` of a run whose examples were handed over as objects."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did: its run folder and the figures that the command prints."""
+
+    stage: str
+    folder: Path
+    figures: Mapping[str, Any]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        return {"stage": self.stage, "run": str(self.folder), "figures": dict(self.figures)}
+
+
+def open_model(section: ModelSection, sites: Sequence[Site], folder: Path | None) -> ModelAdapter:
+    """Load a model, after checking the layers against its config alone.
+
+    A run that is resumed keeps the number of threads it was started with, because the last bits of
+    a matrix product depend on it.
+
+    Raises:
+        ConfigError: If a layer is out of range.
+    """
+    inspect_model(section.name, section.revision).check_sites(sites)
+    if folder is not None and (folder / METADATA).exists():
+        threads = read_metadata(folder)["inputs"].get("model", {}).get("threads")
+        if isinstance(threads, int) and threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+    return load_model(**section.model_dump())
+
+
+def open_data(section: DataSection, examples: Sequence[Example] | None) -> list[Example]:
+    """Return the examples that were handed over, or read the dataset.
+
+    Raises:
+        InputError: If a run made from objects is run again from its configuration.
+    """
+    if examples is not None:
+        return list(examples)
+    if section.name == GIVEN_IN_PYTHON:
+        raise InputError(
+            "this run was made from examples given in Python, which its configuration cannot name.",
+            then="Call the same function with the same examples and out=FOLDER again.",
+        )
+    return load_examples(section)
+
+
+def data_inputs(examples: Sequence[Example]) -> dict[str, Any]:
+    """Return the fingerprint of a dataset: how many examples, and a checksum of all they hold."""
+    text = "".join(fsio.dump_json_line(example_record(example)) for example in examples)
+    return {"examples": len(examples), "xxh3_128": fsio.digest_bytes(text.encode("utf-8"))}
+
+
+def model_inputs(model: ModelAdapter) -> dict[str, Any]:
+    """Return what results depend on of a model: its files, not where they lie."""
+    return {key: value for key, value in model.provenance.items() if key not in ("name", "python")}
+
+
+def find_saes(source: Path) -> list[Path]:
+    """Return the SAE folders of a training run, or the SAE folder itself.
+
+    Raises:
+        ConfigError: If the folder holds no SAE, or two of one layer.
+    """
+    if (source / "cfg.json").is_file():
+        return [source]
+    found = sorted(path.parent for path in source.glob("layer_*/cfg.json"))
+    if not found:
+        raise ConfigError(
+            f"{source} holds no SAE: there is no cfg.json in it or in its layer_* folders.",
+            then="Name the folder of a training run, or of one SAE.",
+        )
+    layers = ["_".join(path.name.split("_")[:2]) for path in found]
+    if len(set(layers)) < len(layers):
+        names = ", ".join(path.name for path in found)
+        raise ConfigError(
+            f"{source} holds several SAEs of one layer: {names}.",
+            then="Name the folder of one of them.",
+        )
+    return found

@@ -1,0 +1,231 @@
+"""encode: the sparse features of every token of a dataset, by one SAE a layer."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from saefty import fsio
+from saefty.config import Config, config_tree
+from saefty.data.base import DataSection
+from saefty.encoding import check_saes, encode_piece, stored_pieces
+from saefty.errors import MismatchError
+from saefty.extraction import Piece, ReadingSection, prepare, read_pieces, write_tables
+from saefty.models.base import ModelAdapter, ModelSection
+from saefty.records import Example, Site
+from saefty.runs import Run, RunSection, find_run, run_folder
+from saefty.saes.base import SparseAutoencoder
+from saefty.saes.native import load_sae
+from saefty.stages.base import (
+    Outcome,
+    data_inputs,
+    find_saes,
+    model_inputs,
+    open_data,
+    open_model,
+)
+from saefty.stores.activations import ActivationStore
+from saefty.stores.base import EXAMPLES, StoreWriter
+from saefty.stores.features import KIND, build_index, commit_features
+
+log = logging.getLogger(__name__)
+
+
+class EncodeSection(ReadingSection):
+    """Which SAEs to apply, and to what."""
+
+    sae: str = "latest"
+    """A training run's folder, one SAE's folder, or `latest`."""
+
+    store: str | None = None
+    """An activation store to encode instead of running a model: a run's folder or `latest`."""
+
+    layers: tuple[int, ...] | None = None
+    """Encode these layers only; None encodes every layer that has an SAE."""
+
+
+class EncodeConfig(Config):
+    """Configuration of `saefty encode`."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        f"encode.model.{key}": f"model.{key}" for key in ModelSection.model_fields
+    }
+
+    model: ModelSection | None = None
+    """Which model to run; not needed with `encode.store`."""
+
+    data: DataSection = DataSection()
+    """Which data to read; not needed with `encode.store`."""
+
+    encode: EncodeSection = EncodeSection()
+    """Which SAEs to apply, and to what."""
+
+    run: RunSection = RunSection()
+    """Where the run's folder lies."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EncodeConfig":
+        if (self.model is None) == (self.encode.store is None):
+            raise ValueError(
+                "set either model.name (to read a dataset) or encode.store (to read a store)"
+            )
+        return self
+
+
+def run(
+    cfg: EncodeConfig,
+    *,
+    model: ModelAdapter | None = None,
+    examples: Sequence[Example] | None = None,
+    saes: Mapping[int, SparseAutoencoder] | None = None,
+) -> Outcome:
+    """Encode tokens into a feature store; the same call on an existing folder resumes it.
+
+    Args:
+        cfg: The configuration.
+        model: A model that is loaded already; None loads `cfg.model`.
+        examples: Examples that are read already; None reads `cfg.data`.
+        saes: SAEs that are loaded already, by layer; None loads `cfg.encode.sae`.
+    """
+    sources: dict[int, str] = {}
+    cfg = _resolved(cfg, load=saes is None)
+    if saes is None:
+        saes, sources = load_saes(Path(cfg.encode.sae), cfg.encode.layers)
+    sites = [sae.site or Site(layer, cfg.encode.hook_point) for layer, sae in sorted(saes.items())]
+    facts: dict[str, Any] = {
+        "layers": sorted(saes),
+        "sites": {str(site.layer): site.name for site in sites},
+        "d_sae": {str(layer): saes[layer].d_sae for layer in sorted(saes)},
+        "saes": {str(layer): sources.get(layer) for layer in sorted(saes)},
+    }
+    inputs = {"saes": {str(layer): sae_inputs(sae) for layer, sae in sorted(saes.items())}}
+    if cfg.encode.store is not None:
+        return _encode_store(cfg, saes, facts, inputs)
+    assert cfg.model is not None  # the configuration has one source
+    chosen = open_data(cfg.data, examples)
+    model = model or open_model(cfg.model, sites, cfg.run.dir)
+    check_saes(saes, model.d_model, model.name)
+    _warn_of_other_model(saes, model.name)
+    folder = run_folder(cfg.run, "features")
+    inputs.update(model=model_inputs(model), data=data_inputs(chosen))
+    with Run(folder, "encode", config_tree(cfg), inputs) as current:
+        reading = prepare(model, chosen, cfg.encode, len(sites))
+        current.ledger = reading.ledger
+        writer = StoreWriter(folder, KIND, current.fingerprint)
+        records = writer.done()
+        write_tables(folder, reading, EXAMPLES)
+        pieces = read_pieces(model, reading, sites, cfg.encode, records)
+        extra = [EXAMPLES, "plan.json"]
+        return _write(current, writer, records, pieces, saes, facts, extra, model.name)
+
+
+def _resolved(cfg: EncodeConfig, load: bool) -> EncodeConfig:
+    """Put folders in the place of `latest`, which would mean another run tomorrow."""
+    folders: dict[str, str] = {}
+    if load:
+        folders["sae"] = str(find_run(cfg.encode.sae, "sae", cfg.run.root))
+    if cfg.encode.store is not None:
+        folders["store"] = str(find_run(cfg.encode.store, "extract", cfg.run.root))
+    return cfg.model_copy(update={"encode": cfg.encode.model_copy(update=folders)})
+
+
+def load_saes(
+    source: Path, layers: Sequence[int] | None = None
+) -> tuple[dict[int, SparseAutoencoder], dict[int, str]]:
+    """Return the SAEs of a training run or folder by layer, and where each was loaded from.
+
+    Raises:
+        MismatchError: If a layer that was asked for has no SAE.
+    """
+    loaded, sources = {}, {}
+    for number, folder in enumerate(find_saes(source)):
+        sae = load_sae(folder)
+        layer = sae.site.layer if sae.site else number
+        loaded[layer], sources[layer] = sae, str(folder)
+    missing = sorted(set(layers or ()) - set(loaded))
+    if missing:
+        raise MismatchError(
+            f"layers {missing} were asked for, but {source} holds SAEs of layers {sorted(loaded)}.",
+            then="Train an SAE for these layers, or choose others in encode.layers.",
+        )
+    wanted = sorted(layers or loaded)
+    return {i: loaded[i] for i in wanted}, {i: sources[i] for i in wanted}
+
+
+def sae_inputs(sae: SparseAutoencoder) -> str:
+    """Return a checksum of an SAE's weights."""
+    blocks = (
+        value.detach().cpu().numpy().tobytes() for _, value in sorted(sae.state_dict().items())
+    )
+    return fsio.digest_bytes(b"".join(blocks))
+
+
+def _encode_store(
+    cfg: EncodeConfig,
+    saes: Mapping[int, SparseAutoencoder],
+    facts: dict[str, Any],
+    inputs: dict[str, Any],
+) -> Outcome:
+    store = ActivationStore.open(cfg.encode.store or "")
+    check_saes(saes, store.d_in, str(store.folder))
+    for layer, sae in saes.items():
+        if sae.site is not None and sae.site != store.site(layer):
+            raise MismatchError(
+                f"the SAE of layer {layer} reads {sae.site}, but the store holds "
+                f"{store.site(layer)}.",
+                then="Extract that hook point, or train an SAE on this store.",
+            )
+    folder = run_folder(cfg.run, "features")
+    inputs["store"] = store.manifest["fingerprint"]
+    with Run(folder, "encode", config_tree(cfg), inputs) as current:
+        current.ledger.ok = store.n_rows
+        writer = StoreWriter(folder, KIND, current.fingerprint)
+        records = writer.done()
+        text = "".join(fsio.dump_json_line(record) for record in store.examples())
+        fsio.commit_text(folder / EXAMPLES, text)
+        pieces = stored_pieces(store, sorted(saes), records)
+        name = str(store.manifest.get("model_name", ""))
+        return _write(current, writer, records, pieces, saes, facts, [EXAMPLES], name)
+
+
+def _write(
+    current: Run,
+    writer: StoreWriter,
+    records: dict[int, dict[str, Any]],
+    pieces: Iterable[Piece],
+    saes: Mapping[int, SparseAutoencoder],
+    facts: dict[str, Any],
+    extra: list[str],
+    model_name: str,
+) -> Outcome:
+    for piece in pieces:
+        code = encode_piece(piece, saes)
+        counts = {"masked": dict(piece.masked)}
+        records[piece.index] = commit_features(writer, piece.index, code, piece.rows, counts)
+    folder, ordered = writer.folder, [records[i] for i in sorted(records)]
+    indices = [build_index(folder, i, len(ordered), saes[i].d_sae) for i in sorted(saes)]
+    n_rows = sum(record["rows"] for record in ordered)
+    nnz = {
+        str(layer): sum(record["nnz"][str(layer)] for record in ordered) for layer in sorted(saes)
+    }
+    facts = {**facts, "n_tokens": n_rows, "model_name": model_name}
+    writer.finish(ordered, facts, [*extra, *indices])
+    figures = {
+        "layers": facts["layers"],
+        "tokens": n_rows,
+        "l0_mean": {layer: total / max(n_rows, 1) for layer, total in nnz.items()},
+        "ledger": current.ledger.as_record(),
+    }
+    current.finish(figures)
+    return Outcome("encode", folder, figures)
+
+
+def _warn_of_other_model(saes: Mapping[int, SparseAutoencoder], name: str) -> None:
+    for layer, sae in saes.items():
+        trained_on = sae.metadata.get("model_name")
+        if trained_on and trained_on != name:
+            log.warning(
+                "the SAE of layer %d was trained on %s and is used on %s", layer, trained_on, name
+            )

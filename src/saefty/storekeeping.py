@@ -1,0 +1,107 @@
+"""store: look at the stores of a folder, verify them, mend them, and export or import them."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from saefty import fsio
+from saefty.config import build_config
+from saefty.errors import ConfigError, IntegrityError
+from saefty.runs import METADATA, Run, read_metadata
+from saefty.stages import encode, extract
+from saefty.stages.base import Outcome
+from saefty.stores.activations import ActivationStore
+from saefty.stores.base import MANIFEST, StoreReader
+from saefty.stores.features import FeatureStore
+from saefty.stores.npz import export_npz, import_npz
+
+log = logging.getLogger(__name__)
+
+
+def open_store(folder: Path) -> StoreReader:
+    """Open a store of either kind.
+
+    Raises:
+        IntegrityError: If the folder holds no complete store.
+    """
+    path = folder / MANIFEST
+    kind = fsio.read_sealed(path).get("kind") if path.exists() else "activations"
+    return FeatureStore(folder) if kind == "features" else ActivationStore(folder)
+
+
+def list_stores(root: Path, *, verify: bool = False) -> list[dict[str, Any]]:
+    """Describe every complete store below a folder.
+
+    Args:
+        root: A folder of runs, or one run.
+        verify: Also read every file and say whether it is whole.
+    """
+    return [_describe(path.parent, verify) for path in sorted(root.glob(f"**/{MANIFEST}"))]
+
+
+def verify_store(folder: Path) -> list[str]:
+    """Return what is damaged in a store, a line a file; empty if it is whole."""
+    return open_store(folder).verify()
+
+
+def repair_store(folder: Path) -> Outcome:
+    """Make the damaged pieces of a store again, by the run's own configuration, and no others.
+
+    Raises:
+        ConfigError: If the folder holds no run that can be repeated.
+    """
+    if not (folder / METADATA).exists():
+        raise ConfigError(
+            f"{folder} cannot be repaired: it has no {METADATA} that says how it was made.",
+            then="Make the store again, or restore it from a copy.",
+        )
+    facts = read_metadata(folder)
+    tree = facts["config"]
+    tree["run"] = {**tree["run"], "dir": str(folder)}
+    if facts["stage"] == "extract":
+        return extract.run(build_config(extract.ExtractConfig, tree))
+    if facts["stage"] == "encode":
+        return encode.run(build_config(encode.EncodeConfig, tree))
+    raise ConfigError(f"{folder} is a run of {facts['stage']}, which has no store to repair.")
+
+
+def export_store(folder: Path, out: Path) -> list[Path]:
+    """Write a store of activations as `.npz` files; return their paths.
+
+    Raises:
+        IntegrityError: If the folder holds no complete store of activations.
+    """
+    store = open_store(folder)
+    if not isinstance(store, ActivationStore):
+        raise IntegrityError(f"{folder} is a store of features; npz holds activations only.")
+    return export_npz(store, out)
+
+
+def import_store(source: Path, folder: Path, hook_point: str = "resid_post") -> Outcome:
+    """Make a store of `.npz` files."""
+    config = {"run": {"dir": str(folder)}, "import": {"source": str(source)}}
+    with Run(folder, "import", config) as current:
+        import_npz(source, folder, hook_point)
+        store = ActivationStore(folder)
+        current.ledger.ok = store.n_rows
+        figures = {"layers": list(store.layers), "rows": store.n_rows, "d_in": store.d_in}
+        current.finish(figures)
+    return Outcome("import", folder, figures)
+
+
+def _describe(folder: Path, verify: bool) -> dict[str, Any]:
+    try:
+        store = open_store(folder)
+        whole = not store.verify() if verify else None
+    except IntegrityError as error:
+        return {"store": str(folder), "problem": str(error)}
+    layers = store.manifest["layers"]
+    return {
+        "store": str(folder),
+        "kind": store.manifest["kind"],
+        "layers": layers,
+        "shards": len(store.pieces),
+        "rows": sum(int(piece["rows"]) for piece in store.pieces),
+        "bytes": store.n_bytes(),
+        "whole": whole,
+    }

@@ -1,0 +1,232 @@
+"""Sparse features of tokens on disk: which latents fired on each token, and where each latent fired.
+
+    layer_<i>/shard_<n>.safetensors   CSR over tokens: `indptr` int64, `ids` uint32, `values` float32,
+                                      values descending within a token
+    layer_<i>/index.safetensors       the same by latent: `f_indptr`, `f_rows`, `f_values`, values
+                                      descending within a latent; built once, read through mmap
+    rows/shard_<n>.safetensors        the token table
+    examples.jsonl                    every example that came in
+
+Nothing here needs torch. "Fired" means a stored value, which is above zero.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array, vstack
+
+from saefty import fsio
+from saefty.errors import MismatchError
+from saefty.records import Site
+from saefty.stores.activations import ROW_COLUMNS, RowTable, row_files
+from saefty.stores.base import StoreReader, StoreWriter
+from saefty.tensorfile import Bf16, TensorFile, pack
+
+KIND = "features"
+POOLINGS = ("max", "mean", "sum", "last")
+
+
+def commit_features(
+    writer: StoreWriter,
+    piece: int,
+    codes: Mapping[int, Mapping[str, np.ndarray]],
+    rows: RowTable,
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Commit one piece: for each layer a CSR of its tokens, and the token table they share.
+
+    Args:
+        writer: The store's writer.
+        piece: The piece's index in the plan.
+        codes: For each layer `indptr`, `ids` and `values`.
+        rows: The token table.
+        counts: What became of the piece's rows.
+    """
+    files: dict[str, dict[str, np.ndarray | Bf16]] = {
+        name: dict(table) for name, table in row_files(piece, rows).items()
+    }
+    for layer, code in sorted(codes.items()):
+        files[f"layer_{layer}/shard_{piece:05d}"] = {
+            "indptr": code["indptr"].astype(np.int64, copy=False),
+            "ids": code["ids"].astype(np.uint32, copy=False),
+            "values": code["values"].astype(np.float32, copy=False),
+        }
+    nnz = {str(layer): len(code["ids"]) for layer, code in codes.items()}
+    return writer.commit(piece, files, {"rows": len(rows["example"]), "nnz": nnz, **counts})
+
+
+def build_index(folder: Path, layer: int, n_shards: int, d_sae: int) -> str:
+    """Write the index by latent of one layer; return its name.
+
+    Two passes over the shards: one counts, one places each value; memory holds the index of one
+    layer, which is as large as its shards together.
+    """
+    shards = [
+        TensorFile(folder / f"layer_{layer}/shard_{i:05d}.safetensors") for i in range(n_shards)
+    ]
+    counts = np.zeros(d_sae, np.int64)
+    for shard in shards:
+        counts += np.bincount(shard.array("ids"), minlength=d_sae)
+    f_indptr = np.concatenate([[0], np.cumsum(counts)])
+    f_rows = np.empty(f_indptr[-1], np.int64)
+    f_values = np.empty(f_indptr[-1], np.float32)
+    cursor, first_row = f_indptr[:-1].copy(), 0
+    for shard in shards:
+        indptr, ids = shard.array("indptr"), shard.array("ids").astype(np.int64)
+        order = np.argsort(ids, kind="stable")
+        here = np.bincount(ids, minlength=d_sae)
+        first_of_latent = np.concatenate([[0], np.cumsum(here)])[:-1]
+        place = cursor[ids[order]] + np.arange(len(ids)) - first_of_latent[ids[order]]
+        rows = first_row + np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        f_rows[place] = rows[order]
+        f_values[place] = shard.array("values")[order]
+        cursor += here
+        first_row += len(indptr) - 1
+    latent = np.repeat(np.arange(d_sae), counts)
+    order = np.lexsort((f_rows, -f_values, latent))
+    name = f"layer_{layer}/index.safetensors"
+    arrays = {"f_indptr": f_indptr, "f_rows": f_rows[order], "f_values": f_values[order]}
+    fsio.commit_bytes(folder / name, pack(arrays, {"kind": "index", "layer": layer}))
+    return name
+
+
+class FeatureStore(StoreReader):
+    """A complete store of sparse features; open it with `FeatureStore.open(folder)`."""
+
+    def __init__(self, folder: Path | str) -> None:
+        super().__init__(folder, KIND)
+        self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
+        self._widths: dict[str, int] = self.manifest["d_sae"]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "FeatureStore":
+        """Open a run's folder.
+
+        Raises:
+            IntegrityError: If the store is not complete.
+        """
+        return cls(folder)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the store; every layer has them all."""
+        return sum(int(piece["rows"]) for piece in self.pieces)
+
+    def d_sae(self, layer: int) -> int:
+        """Return the number of latents of a layer's SAE."""
+        return int(self._widths[str(self._known(layer))])
+
+    def site(self, layer: int) -> Site:
+        """Return the place in the model that a layer's SAE reads."""
+        return Site.parse(self.manifest["sites"][str(self._known(layer))])
+
+    def sae_folder(self, layer: int) -> str:
+        """Return where the layer's SAE was loaded from."""
+        return str(self.manifest["saes"][str(self._known(layer))])
+
+    def tokens(self) -> RowTable:
+        """Return the token table of the whole store, as one array a column."""
+        shards = [self.file(f"rows/shard_{i:05d}.safetensors") for i in range(len(self.pieces))]
+        return {
+            name: np.concatenate([shard.array(name) for shard in shards] or [np.zeros(0, kind)])
+            for name, kind in ROW_COLUMNS.items()
+        }
+
+    def chunks(self, layer: int) -> Iterator[csr_array]:
+        """Yield the latents of a layer shard by shard, as [tokens of the shard, d_sae]."""
+        width = self.d_sae(layer)
+        for i in range(len(self.pieces)):
+            file = self.file(f"layer_{layer}/shard_{i:05d}.safetensors")
+            indptr = file.array("indptr")
+            parts = (file.array("values"), file.array("ids").astype(np.int32), indptr)
+            yield csr_array(parts, shape=(len(indptr) - 1, width))
+
+    def csr(self, layer: int) -> csr_array:
+        """Return the latents of a layer as one sparse matrix [n_tokens, d_sae]."""
+        chunks = list(self.chunks(layer))
+        if not chunks:
+            return csr_array((0, self.d_sae(layer)), dtype=np.float32)
+        return csr_array(vstack(chunks, format="csr"))
+
+    def tokens_of(
+        self, layer: int, latent: int, top: int | None = None
+    ) -> tuple[Int[np.ndarray, "found"], Float[np.ndarray, "found"]]:
+        """Return the rows on which a latent fired and its values, strongest first.
+
+        Raises:
+            ValueError: If the latent is not one of the SAE's.
+        """
+        if not 0 <= latent < self.d_sae(layer):
+            raise ValueError(f"latent {latent} is not in 0..{self.d_sae(layer) - 1}")
+        index = self.file(f"layer_{layer}/index.safetensors")
+        begin, end = (int(p) for p in index.array("f_indptr")[latent : latent + 2])
+        end = end if top is None else min(end, begin + top)
+        return index.array("f_rows")[begin:end], index.array("f_values")[begin:end]
+
+    def pooled(self, layer: int, how: str = "max") -> csr_array:
+        """Return one row an example of the example table: its tokens' latents pooled.
+
+        Examples without a token in the store have an empty row. `max`, `sum` and `mean` are over
+        the example's tokens in the store; `last` is its last token.
+
+        Raises:
+            ValueError: If `how` is not one of the poolings.
+        """
+        if how not in POOLINGS:
+            raise ValueError(f"pooling is one of {', '.join(POOLINGS)}, not {how!r}")
+        example = self.tokens()["example"]
+        n_examples, width = len(self.examples()), self.d_sae(layer)
+        parts, first = [], 0
+        for chunk in self.chunks(layer):
+            owner = example[first : first + chunk.shape[0]]
+            # An example's tokens lie in one piece, so each chunk can be pooled by itself.
+            parts.append(_pool(chunk, owner, how, n_examples))
+            first += chunk.shape[0]
+        total = csr_array((n_examples, width), dtype=np.float32)
+        for part in parts:
+            total = total + part
+        return csr_array(total)
+
+    def _known(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise MismatchError(
+                f"{self.folder} holds layers {list(self.layers)}, not {layer}.",
+                then="Encode that layer, or choose one of these.",
+            )
+        return layer
+
+
+def _pool(
+    chunk: csr_array, owner: Int[np.ndarray, "tokens"], how: str, n_examples: int
+) -> csr_array:
+    """Pool the tokens of one chunk by the example they belong to."""
+    ends = np.flatnonzero(np.diff(owner, append=-1))  # the last token of each example
+    if how == "last":
+        code = chunk[ends].tocoo()
+        place = (owner[ends][code.row], code.col)
+        return csr_array((code.data, place), shape=(n_examples, chunk.shape[1]))
+    code = chunk.tocoo()
+    rows = owner[code.row]
+    if how == "max":
+        return _maxima(rows, code.col, code.data, (n_examples, chunk.shape[1]))
+    total = csr_array((code.data, (rows, code.col)), shape=(n_examples, chunk.shape[1]))
+    if how == "mean":
+        tokens = np.bincount(owner, minlength=n_examples).clip(min=1)
+        total.data = (total.data / np.repeat(tokens, np.diff(total.indptr))).astype(np.float32)
+    return total
+
+
+def _maxima(
+    rows: Int[np.ndarray, "nnz"],
+    cols: Int[np.ndarray, "nnz"],
+    values: Float[np.ndarray, "nnz"],
+    shape: tuple[int, int],
+) -> csr_array:
+    order = np.lexsort((-values, cols, rows))
+    rows, cols, values = rows[order], cols[order], values[order]
+    first = np.ones(len(rows), dtype=bool)
+    first[1:] = (np.diff(rows) != 0) | (np.diff(cols) != 0)
+    return csr_array((values[first], (rows[first], cols[first])), shape=shape)

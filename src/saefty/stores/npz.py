@@ -1,0 +1,178 @@
+"""Activation stores as `.npz` files, for tools that read nothing else, and back.
+
+    layer_<i>_shard_<n:05d>.npz   x [rows, d_in], example_id, token_pos, token_id, role, label
+
+`x` is float32 where the store is bfloat16, which NumPy does not have; `label` is 1 for harmful, 0 for
+harmless and -1 where it is not known. The array may also be called `delta` when read. Files are
+written and read without pickle.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saefty import fsio
+from saefty.errors import InputError, UnsafeArtifactError
+from saefty.records import ROLES, Site
+from saefty.stores.activations import ROW_COLUMNS, ActivationStore, RowTable, commit_activations
+from saefty.stores.base import EXAMPLES, StoreWriter
+
+NAME = re.compile(r"layer_(\d+)_shard_(\d{5})\.npz")
+VALUES = ("x", "delta")
+MAX_ARRAY_BYTES = 8 << 30
+
+
+def export_npz(store: ActivationStore, out: Path) -> list[Path]:
+    """Write every shard of a store as one `.npz` file a layer; return their paths."""
+    examples = store.examples()
+    ids = np.array([str(example["example_id"]) for example in examples])
+    labels = np.array([-1 if e["label"] is None else int(e["label"]) for e in examples], np.int8)
+    written = []
+    for index in range(len(store.pieces)):
+        rows = store.file(f"rows/shard_{index:05d}.safetensors")
+        example = np.array(rows.array("example"))
+        columns = {
+            "example_id": ids[example],
+            "token_pos": rows.array("token_pos"),
+            "token_id": rows.array("token_id"),
+            "role": np.array(ROLES)[rows.array("role")],
+            "label": labels[example],
+        }
+        for layer in store.layers:
+            x = store.shard(layer, index)
+            values = x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
+            path = out / f"layer_{layer}_shard_{index:05d}.npz"
+            with fsio.staged(path) as temporary:
+                np.savez(temporary, allow_pickle=False, x=values, **columns)
+            written.append(path)
+    return written
+
+
+def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> None:
+    """Make an activation store of `.npz` files; only `x` (or `delta`) must be in them.
+
+    Args:
+        source: A folder with `layer_<i>_shard_<n>.npz` files.
+        folder: The store's folder, empty or new; the caller has locked it.
+        hook_point: Where the activations were read.
+
+    Raises:
+        InputError: If there are no such files, layers have different shards or rows, or an array
+            is missing or not finite.
+        UnsafeArtifactError: If a file would need pickle, or claims to be larger than 8 GiB.
+    """
+    shards: dict[int, dict[int, Path]] = {}
+    for path in sorted(source.glob("*.npz")):
+        match = NAME.fullmatch(path.name)
+        if match:
+            shards.setdefault(int(match.group(2)), {})[int(match.group(1))] = path
+    if not shards:
+        raise InputError(f"{source} holds no files called layer_<i>_shard_<n:05d>.npz.")
+    layers = sorted({layer for files in shards.values() for layer in files})
+    known: dict[str, dict[str, Any]] = {}
+    prints = {p.name: fsio.digest(p) for files in shards.values() for p in files.values()}
+    writer = StoreWriter(folder, "activations", fsio.digest_bytes(fsio.dump_json(prints).encode()))
+    records, width, dtype = [], 0, "float32"
+    for piece, number in enumerate(sorted(shards)):
+        missing = sorted(set(layers) - set(shards[number]))
+        if missing:
+            raise InputError(f"shard {number} of {source} has no file for layers {missing}.")
+        arrays = {layer: _read(shards[number][layer]) for layer in layers}
+        rows = _rows(arrays[layers[0]], known, number)
+        for layer, held in arrays.items():
+            if len(held["x"]) != len(rows["example"]):
+                raise InputError(
+                    f"shard {number}: layer {layer} has {len(held['x'])} rows, but layer "
+                    f"{layers[0]} has {len(rows['example'])}."
+                )
+        x = {layer: torch.from_numpy(held["x"]) for layer, held in arrays.items()}
+        width, dtype = x[layers[0]].shape[1], str(x[layers[0]].dtype).removeprefix("torch.")
+        records.append(commit_activations(writer, piece, x, rows, {"masked": {}}))
+    lines = "".join(fsio.dump_json_line(record) for record in known.values())
+    fsio.commit_text(folder / EXAMPLES, lines)
+    facts = {
+        "layers": layers,
+        "sites": {str(layer): Site(layer, hook_point).name for layer in layers},
+        "d_in": width,
+        "dtype": dtype,
+        "pooling": "imported",
+        "model_name": "",
+        "n_rows": sum(record["rows"] for record in records),
+        "masked": {},
+    }
+    writer.finish(records, facts, [EXAMPLES])
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_ARRAY_BYTES:
+            raise UnsafeArtifactError(
+                f"{path} would unpack to {size} bytes; at most 8 GiB is read."
+            )
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, OSError, KeyError) as error:
+        raise InputError(f"{path} is not a readable .npz file: {error}") from None
+    except ValueError as error:
+        raise UnsafeArtifactError(f"{path} cannot be read without pickle: {error}") from None
+    name = next((name for name in VALUES if name in held), None)
+    if name is None or held[name].ndim != 2 or held[name].dtype.kind != "f":
+        raise InputError(
+            f"{path} needs an array x (or delta) [rows, d_in] of floats; it holds "
+            f"{', '.join(f'{key} {list(array.shape)}' for key, array in held.items())}."
+        )
+    if not np.isfinite(held[name]).all():
+        raise InputError(f"{path}: {name} holds NaN or infinity.")
+    held["x"] = held[name]
+    return held
+
+
+def _rows(held: dict[str, np.ndarray], known: dict[str, dict[str, Any]], shard: int) -> RowTable:
+    """Return the row table of a shard; examples are numbered as they first appear."""
+    n = len(held["x"])
+    ids = held.get("example_id", np.array([f"{shard}-{i}" for i in range(n)]))
+    labels = held.get("label", np.full(n, -1))
+    numbers = list(_numbered(ids, labels, known))
+    role = {name: number for number, name in enumerate(ROLES)}
+    roles = [role.get(str(name), role["user"]) for name in held.get("role", np.full(n, "user"))]
+    columns = {
+        "example": np.array(numbers),
+        "token_pos": held.get("token_pos", np.full(n, -1)),
+        "token_id": held.get("token_id", np.full(n, -1)),
+        "char_start": np.zeros(n),
+        "char_end": np.zeros(n),
+        "role": np.array(roles),
+        "modality": np.zeros(n),
+    }
+    return {name: columns[name].astype(kind) for name, kind in ROW_COLUMNS.items()}
+
+
+def _numbered(
+    ids: np.ndarray, labels: np.ndarray, known: dict[str, dict[str, Any]]
+) -> Iterator[int]:
+    for name, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        record = known.setdefault(
+            str(name),
+            {
+                "index": len(known),
+                "example_id": str(name),
+                "prompt": "",
+                "response": None,
+                "messages": None,
+                "image": None,
+                "label": None if label is None or label < 0 else bool(label),
+                "group": None,
+                "source": "npz",
+                "raw": True,
+                "text": "",
+                "status": "ok",
+            },
+        )
+        yield int(record["index"])

@@ -1,0 +1,172 @@
+"""What every set of kernels must do, on inputs that are easy, tied, degenerate and small."""
+
+import pytest
+import torch
+
+from saefty.kernels.base import KERNELS, SparseCode
+
+D_IN, D_SAE, K = 6, 20, 4
+REFERENCE = KERNELS["reference"]()
+
+
+def integers(*shape, seed=0, low=-3, high=4):
+    """Small integers as float64: products are exact, so equal means equal, and ties abound."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator).double()
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(kind):
+    if kind == "random":
+        return gaussian(700, D_IN), gaussian(D_IN, D_SAE, seed=1), gaussian(D_SAE, seed=2)
+    if kind == "tied":
+        return integers(700, D_IN), integers(D_IN, D_SAE, seed=1), integers(D_SAE, seed=2)
+    if kind == "all equal":
+        return (
+            torch.ones(300, D_IN).double(),
+            torch.ones(D_IN, D_SAE).double(),
+            torch.zeros(D_SAE).double(),
+        )
+    if kind == "few positive":
+        return (
+            gaussian(300, D_IN),
+            gaussian(D_IN, D_SAE, seed=1),
+            torch.full((D_SAE,), -3.0).double(),
+        )
+    if kind == "none positive":
+        return (
+            gaussian(5, D_IN),
+            gaussian(D_IN, D_SAE, seed=1),
+            torch.full((D_SAE,), -99.0).double(),
+        )
+    if kind == "one row":
+        return gaussian(1, D_IN), gaussian(D_IN, D_SAE, seed=1), gaussian(D_SAE, seed=2)
+    return gaussian(0, D_IN), gaussian(D_IN, D_SAE, seed=1), gaussian(D_SAE, seed=2)
+
+
+KINDS = ["random", "tied", "all equal", "few positive", "none positive", "one row", "no row"]
+
+
+@pytest.fixture(params=list(KERNELS))
+def kernels(request):
+    return KERNELS[request.param]()
+
+
+@pytest.fixture(params=KINDS)
+def data(request):
+    return inputs(request.param)
+
+
+def assert_same_code(got, wanted):
+    torch.testing.assert_close(got.offsets, wanted.offsets)
+    torch.testing.assert_close(got.indices, wanted.indices)
+    torch.testing.assert_close(got.values, wanted.values)
+
+
+def selections(x, k):
+    threshold = torch.linspace(-1, 2, D_SAE, dtype=torch.float64)
+    return {"topk": k, "batch_topk": k * len(x), "above": threshold}
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "above"])
+@pytest.mark.parametrize("k", [1, K, D_SAE])
+def test_a_selection_equals_the_dense_oracle(kernels, data, name, k):
+    x, W_enc, b_enc = data
+    argument = selections(x, k)[name]
+    got = getattr(kernels, name)(x, W_enc, b_enc, argument)
+    assert_same_code(got, getattr(REFERENCE, name)(x, W_enc, b_enc, argument))
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "above"])
+def test_a_code_holds_positive_values_that_descend_within_a_row(kernels, data, name):
+    x, W_enc, b_enc = data
+    code = getattr(kernels, name)(x, W_enc, b_enc, selections(x, K)[name])
+    assert (code.values > 0).all()
+    assert code.n_rows == len(x)
+    for row in range(code.n_rows):
+        values = code.values[code.offsets[row] : code.offsets[row + 1]]
+        assert (values.diff() <= 0).all()
+
+
+def test_of_equal_values_the_lower_index_is_kept(kernels):
+    x = torch.ones(2, 1)
+    code = kernels.topk(x, torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]]), torch.zeros(5), 3)
+    assert code.indices.tolist() == [1, 3, 0, 1, 3, 0]
+
+
+def test_of_equal_values_in_a_batch_the_earlier_row_keeps_its_own(kernels):
+    x = torch.tensor([[1.0], [2.0], [1.0]])
+    code = kernels.batch_topk(x, torch.tensor([[1.0, 1.0]]), torch.zeros(2), 3)
+    assert code.l0.tolist() == [1, 2, 0]
+    assert code.indices.tolist() == [0, 0, 1]
+
+
+def test_a_batch_selection_across_many_chunks_is_exact(kernels):
+    x = integers(1500, D_IN, seed=5)
+    x[1200:] *= 3  # the largest values come last, after the pool has filled
+    W_enc, b_enc = integers(D_IN, D_SAE, seed=6), torch.zeros(D_SAE).double()
+    for n in (0, 1, 37, 3000, 10**6):
+        assert_same_code(
+            kernels.batch_topk(x, W_enc, b_enc, n), REFERENCE.batch_topk(x, W_enc, b_enc, n)
+        )
+
+
+def test_decoding_equals_the_dense_product(kernels, data):
+    x, W_enc, b_enc = data
+    code = REFERENCE.topk(x, W_enc, b_enc, K)
+    W_dec = gaussian(D_SAE, D_IN, seed=3)
+    torch.testing.assert_close(kernels.decode(code, W_dec), code.dense(D_SAE) @ W_dec)
+
+
+def test_gradients_equal_autograd_on_the_dense_formula(kernels, data):
+    x, W_enc, b_enc = (part.clone().requires_grad_() for part in data)
+    W_dec = gaussian(D_SAE, D_IN, seed=3).requires_grad_()
+    with torch.no_grad():
+        code = REFERENCE.topk(x, W_enc, b_enc, K)
+    z = (x @ W_enc + b_enc) * (code.dense(D_SAE) > 0)
+    error = z @ W_dec - x.detach()
+    error.square().sum().backward()
+    with torch.no_grad():
+        by_value = kernels.row_dots(2 * error, code, W_dec)
+        torch.testing.assert_close(
+            kernels.weight_grad(2 * code.values, code, error.detach(), D_SAE), W_dec.grad
+        )
+        torch.testing.assert_close(kernels.weight_grad(by_value, code, x, D_SAE), W_enc.grad.T)
+        ones = torch.ones(len(x), 1).double()
+        torch.testing.assert_close(
+            kernels.weight_grad(by_value, code, ones, D_SAE).squeeze(1), b_enc.grad
+        )
+
+
+def test_results_do_not_depend_on_the_number_of_threads(kernels):
+    x, W_enc, b_enc = (part.float() for part in inputs("random"))
+    W_dec = gaussian(D_SAE, D_IN, seed=3).float()
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        code = kernels.topk(x, W_enc, b_enc, K)
+        results.append((code.values, kernels.decode(code, W_dec)))
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_the_sparse_kernels_hold_no_array_of_rows_by_latents():
+    x, W_enc = torch.randn(4096, 8), torch.randn(8, 4096)
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest.append(out.numel())
+            return out
+
+    with Watch():
+        code = KERNELS["torch_sparse"]().topk(x, W_enc, torch.zeros(4096), 4)
+    assert max(largest) < x.shape[0] * W_enc.shape[1] / 8
+    assert isinstance(code, SparseCode)

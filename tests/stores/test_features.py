@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from saefty import fsio
+from saefty.stores.activations import ROW_COLUMNS
+from saefty.stores.base import EXAMPLES, StoreWriter
+from saefty.stores.features import KIND, FeatureStore, build_index, commit_features
+
+# Five tokens of three examples (the last has none), four latents.
+Z = np.array(
+    [[0, 2, 1, 0], [0, 0, 0, 0], [3, 0, 0, 4], [0, 5, 0, 0], [1, 0, 0, 0]], dtype=np.float32
+)
+OWNER = [0, 0, 1, 1, 1]
+
+
+def csr_of(z):
+    order = [np.argsort(-row, kind="stable")[: (row > 0).sum()] for row in z]
+    return {
+        "indptr": np.concatenate([[0], np.cumsum([len(ids) for ids in order])]),
+        "ids": np.concatenate(order).astype(np.uint32),
+        "values": np.concatenate([row[ids] for row, ids in zip(z, order, strict=True)]),
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    writer = StoreWriter(tmp_path, KIND, "f")
+    records = []
+    for piece, (start, end) in enumerate([(0, 2), (2, 5)]):
+        rows = {name: np.zeros(end - start, kind) for name, kind in ROW_COLUMNS.items()}
+        rows["example"] = np.array(OWNER[start:end])
+        records.append(commit_features(writer, piece, {1: csr_of(Z[start:end])}, rows, {}))
+    fsio.commit_text(
+        tmp_path / EXAMPLES, '{"example_id": "a"}\n{"example_id": "b"}\n{"example_id": "c"}\n'
+    )
+    index = build_index(tmp_path, 1, 2, 4)
+    facts = {"layers": [1], "sites": {"1": "1"}, "d_sae": {"1": 4}, "saes": {"1": None}}
+    writer.finish(records, facts, [EXAMPLES, index])
+    return FeatureStore.open(tmp_path)
+
+
+def test_the_store_gives_back_the_latents(store):
+    assert store.csr(1).toarray().tolist() == Z.tolist()
+    assert store.n_tokens == 5
+
+
+def test_values_descend_within_a_token(store):
+    file = store.file("layer_1/shard_00000.safetensors")
+    assert file.array("ids").tolist() == [1, 2]
+    assert file.array("values").tolist() == [2.0, 1.0]
+
+
+def test_the_index_finds_a_latents_tokens_strongest_first(store):
+    rows, values = store.tokens_of(1, 0)
+    assert (rows.tolist(), values.tolist()) == ([2, 4], [3.0, 1.0])
+    rows, values = store.tokens_of(1, 1, top=1)
+    assert (rows.tolist(), values.tolist()) == ([3], [5.0])
+    assert len(store.tokens_of(1, 3)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("max", [[0, 2, 1, 0], [3, 5, 0, 4], [0, 0, 0, 0]]),
+        ("sum", [[0, 2, 1, 0], [4, 5, 0, 4], [0, 0, 0, 0]]),
+        ("mean", [[0, 1, 0.5, 0], [4 / 3, 5 / 3, 0, 4 / 3], [0, 0, 0, 0]]),
+        ("last", [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]),
+    ],
+)
+def test_pooling_equals_the_same_by_hand(store, how, expected):
+    np.testing.assert_allclose(store.pooled(1, how).toarray(), expected, rtol=1e-6)
+
+
+def test_the_index_of_a_random_store_equals_a_dense_search(tmp_path):
+    rng = np.random.default_rng(0)
+    z = rng.random((200, 30)).astype(np.float32) * (rng.random((200, 30)) < 0.2)
+    writer = StoreWriter(tmp_path, KIND, "f")
+    for piece in range(4):
+        part = z[piece * 50 : piece * 50 + 50]
+        rows = {name: np.zeros(50, kind) for name, kind in ROW_COLUMNS.items()}
+        commit_features(writer, piece, {0: csr_of(part)}, rows, {})
+    build_index(tmp_path, 0, 4, 30)
+    from saefty.tensorfile import TensorFile
+
+    index = TensorFile(tmp_path / "layer_0/index.safetensors")
+    for latent in range(30):
+        begin, end = index.array("f_indptr")[latent : latent + 2]
+        found = index.array("f_rows")[begin:end]
+        expected = np.argsort(-z[:, latent], kind="stable")[: (z[:, latent] > 0).sum()]
+        assert found.tolist() == expected.tolist()
+
+
+def test_a_latent_out_of_range_is_refused(store):
+    with pytest.raises(ValueError, match=r"not in 0\.\.3"):
+        store.tokens_of(1, 4)

@@ -1,0 +1,38 @@
+import pytest
+
+from saefty.errors import ConfigError
+from saefty.records import Site, Span
+
+
+@pytest.mark.parametrize(
+    ("text", "layer", "part"),
+    [
+        ("blocks.20.hook_resid_post", 20, "resid_post"),
+        ("blocks.3.hook_mlp_out", 3, "mlp_out"),
+        ("blocks.3.hook_resid_mid", 3, "post_attn_resid"),
+        ("layers.20", 20, "resid_post"),
+        ("model.layers.7.self_attn", 7, "attn_out"),
+        ("transformer.h.2.mlp", 2, "mlp_out"),
+        ("20", 20, "resid_post"),
+        ("20.post_mlp", 20, "resid_post"),
+        ("0.resid_pre", 0, "resid_pre"),
+    ],
+)
+def test_a_site_is_read_in_every_spelling(text, layer, part):
+    assert Site.parse(text) == Site(layer, part)
+
+
+def test_a_site_reads_its_own_name():
+    site = Site(5, "attn_out")
+    assert Site.parse(site.name) == site
+
+
+@pytest.mark.parametrize("text", ["", "resid_post", "blocks.x.hook_z", "20.hook_z", "-1"])
+def test_what_names_no_place_is_refused(text):
+    with pytest.raises(ConfigError, match="names no place in a model"):
+        Site.parse(text)
+
+
+def test_a_span_has_a_known_role():
+    with pytest.raises(ValueError, match="not 'robot'"):
+        Span(0, 1, "robot")

@@ -1,0 +1,151 @@
+"""Tiny random models of four families, saved as Hugging Face folders with tokenizers of their own.
+
+The tokenizer is a byte-level BPE trained on a few English sentences, so Korean, Japanese and Russian
+fall apart into bytes. The families differ as their originals do: Llama's and Gemma's tokenizers add a
+BOS and their templates write one too; GPT-2's has a BOS it does not add and no template; Qwen's has
+none. Gemma's template trims contents and refuses a system turn.
+"""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from saefty.models.base import ModelAdapter, load_model
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="tiny-models-")
+FAMILIES = ("llama", "gemma2", "gpt2", "qwen3")
+N_LAYERS, D_MODEL, MAX_LENGTH = 3, 32, 96
+
+CORPUS = (
+    "The quick brown fox jumps over the lazy dog and the other dogs.",
+    "How do I bake bread at home? Mix flour, water, salt and yeast.",
+    "I cannot help with that request, but I can help with another one.",
+    "Write a short story about a small robot that learns to paint.",
+    "the model reads a prompt and writes a response, one token at a time",
+)
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n"
+    "{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+SPECIALS = {
+    "llama": ("<|begin|>", "<|end|>", ["<|head|>", "<|/head|>", "<|eot|>"]),
+    "gemma2": ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
+    "gpt2": ("<|endoftext|>", "<|endoftext|>", []),
+    "qwen3": (None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"]),
+}
+TEMPLATES = {"llama": LLAMA_TEMPLATE, "gemma2": GEMMA_TEMPLATE, "qwen3": QWEN_TEMPLATE}
+
+
+def tokenizer_of(family: str) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer that treats BOS, end of text and chats as the family's does."""
+    bos, eos, others = SPECIALS[family]
+    specials = list(dict.fromkeys([token for token in (bos, eos, *others) if token]))
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(CORPUS, trainer)
+    byte_level = processors.ByteLevel(trim_offsets=family == "gpt2")
+    if family in {"llama", "gemma2"}:
+        add_bos = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, inner.token_to_id(bos))]
+        )
+        inner.post_processor = processors.Sequence([byte_level, add_bos])
+    else:
+        inner.post_processor = byte_level
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        padding_side="left" if family in {"llama", "gemma2"} else "right",
+    )
+    tokenizer.chat_template = TEMPLATES.get(family)
+    return tokenizer
+
+
+def config_of(family: str, vocab_size: int) -> transformers.PretrainedConfig:
+    """Return the family's configuration: 3 blocks, 32 wide."""
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=D_MODEL,
+            n_layer=N_LAYERS,
+            n_head=4,
+            n_positions=MAX_LENGTH,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 64,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family == "llama":
+        return transformers.LlamaConfig(**sizes)
+    if family == "gemma2":
+        return transformers.Gemma2Config(**sizes, sliding_window=8, query_pre_attn_scalar=8)
+    return transformers.Qwen3Config(**sizes)
+
+
+def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """Write a random model of the family and its tokenizer into `folder`, and return it."""
+    tokenizer = tokenizer_of(family)
+    config = config_of(family, len(tokenizer))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or "ln_" in name:
+                weight.add_(0.1 * torch.randn_like(weight))  # norms that do something
+            elif weight.ndim == 2:
+                weight.copy_(0.15 * torch.randn_like(weight))  # replies that depend on the prompt
+    torch.random.set_rng_state(state)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@cache
+def folder_of(family: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Return a folder with the family's model, made once for all tests."""
+    folder = Path(_FOLDER.name) / f"{family}-{str(dtype).removeprefix('torch.')}"
+    return build(family, folder, dtype=dtype)
+
+
+@cache
+def load(family: str, dtype: torch.dtype = torch.float32) -> ModelAdapter:
+    """Return the family's model, loaded once for all tests. It holds no state between calls."""
+    return load_model(str(folder_of(family, dtype)))
