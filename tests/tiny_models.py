@@ -1,9 +1,9 @@
 """Tiny random models of four families, saved as Hugging Face folders with tokenizers of their own.
 
-The tokenizer is a byte-level BPE trained on a few English sentences, so Korean, Japanese and Russian
-fall apart into bytes. The families differ as their originals do: Llama's and Gemma's tokenizers add a
-BOS and their templates write one too; GPT-2's has a BOS it does not add and no template; Qwen's has
-none. Gemma's template trims contents and refuses a system turn.
+The tokenizer is a byte-level BPE trained on a few English sentences, so Korean, Japanese and
+Russian fall apart into bytes. The families differ as their originals do: Llama's and Gemma's
+tokenizers add a BOS and their templates write one too; GPT-2's has a BOS it does not add and no
+template; Qwen's has none. Gemma's template trims contents and refuses a system turn.
 """
 
 import tempfile

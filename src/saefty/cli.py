@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error. Heavy librarie
 the commands, so that `--help` answers at once.
 """
 
+import importlib
 import json
 import signal
 import sys
@@ -36,9 +37,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over the file."),
 ]
-ConfigFile = Annotated[
-    Path | None, typer.Option("-c", "--config", help="YAML file to start from.")
-]
+ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file to start from.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show everything, and tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -63,9 +62,7 @@ def extract(
 
     Example: saefty extract model.name=FOLDER data.path=prompts.jsonl extract.layers="[0,2]"
     """
-    from saefty.stages import extract as stage
-
-    _run(stage.ExtractConfig, stage.run, words, config, quiet, debug, as_json)
+    _run("extract", "ExtractConfig", words, config, quiet, debug, as_json)
 
 
 @app.command()
@@ -80,9 +77,7 @@ def train(
 
     Example: saefty train train.store=latest sae.k=64 train.max_steps=5000
     """
-    from saefty.stages import train as stage
-
-    _run(stage.TrainConfig, stage.run, words, config, quiet, debug, as_json)
+    _run("train", "TrainConfig", words, config, quiet, debug, as_json)
 
 
 @app.command()
@@ -97,9 +92,7 @@ def encode(
 
     Example: saefty encode encode.sae=latest model.name=FOLDER data.path=prompts.jsonl
     """
-    from saefty.stages import encode as stage
-
-    _run(stage.EncodeConfig, stage.run, words, config, quiet, debug, as_json)
+    _run("encode", "EncodeConfig", words, config, quiet, debug, as_json)
 
 
 @app.command("eval")
@@ -114,9 +107,7 @@ def evaluate(
 
     Example: saefty eval eval.features=latest eval.topk_latents=50 intervention.enabled=true
     """
-    from saefty.stages import eval as stage
-
-    _run(stage.EvalConfig, stage.run, words, config, quiet, debug, as_json)
+    _run("eval", "EvalConfig", words, config, quiet, debug, as_json)
 
 
 @app.command()
@@ -139,9 +130,10 @@ def demo(
 
     Example: saefty demo --out artifacts/demo
     """
-    from saefty.sandbox import demo as sandbox
 
     def job() -> None:
+        from saefty.sandbox import demo as sandbox
+
         outcome = sandbox.run(
             out, short=short, seed=seed, model_folder=model, retrain=retrain, world_seed=world
         )
@@ -161,7 +153,7 @@ def list_kinds(
     """
 
     def job() -> None:
-        from saefty.stages.catalogue import names_of
+        from saefty.catalogue import names_of
 
         names = names_of(kind)
         typer.echo(json.dumps(names) if as_json else "\n".join(names))
@@ -178,7 +170,7 @@ def store_list(
     """List the stores below a folder: layers, shards, rows, sizes, and whether they are whole."""
 
     def job() -> None:
-        from saefty.stages.store import list_stores
+        from saefty.storekeeping import list_stores
 
         found = list_stores(root, verify=verify)
         typer.echo(json.dumps(found) if as_json else _store_lines(found, root))
@@ -192,7 +184,7 @@ def store_verify(folder: Folder, as_json: Json = False) -> None:
 
     def job() -> None:
         from saefty.errors import IntegrityError
-        from saefty.stages.store import verify_store
+        from saefty.storekeeping import verify_store
 
         damage = verify_store(folder)
         if damage:
@@ -209,7 +201,7 @@ def store_repair(
     """Make the damaged pieces of a store again, and no others."""
 
     def job() -> None:
-        from saefty.stages.store import repair_store
+        from saefty.storekeeping import repair_store
 
         _print_outcome(repair_store(folder), as_json)
 
@@ -227,7 +219,7 @@ def store_export(
 
     def job() -> None:
         from saefty.errors import ConfigError
-        from saefty.stages.store import export_store
+        from saefty.storekeeping import export_store
 
         if form != "npz":
             raise ConfigError(f"--format is npz, not {form!r}.")
@@ -247,7 +239,7 @@ def store_import(
     """Make a store of activations from .npz files."""
 
     def job() -> None:
-        from saefty.stages.store import import_store
+        from saefty.storekeeping import import_store
 
         _print_outcome(import_store(source, out, hook_point), as_json)
 
@@ -260,8 +252,8 @@ def main() -> None:
 
 
 def _run(
-    config_class: Any,
-    stage: Callable[[Any], "Outcome"],
+    stage: str,
+    config_class: str,
     words: Sequence[str] | None,
     path: Path | None,
     quiet: bool,
@@ -271,7 +263,9 @@ def _run(
     def job() -> None:
         from saefty.config import load_config
 
-        _print_outcome(stage(load_config(config_class, path, words or ())), as_json)
+        module = importlib.import_module(f"saefty.stages.{stage}")
+        cfg = load_config(getattr(module, config_class), path, words or ())
+        _print_outcome(module.run(cfg), as_json)
 
     _guarded(job, quiet, debug, as_json)
 

@@ -127,7 +127,7 @@ def _pool(blocks: Iterable[Block], n_examples: int, width: int, how: Pooling) ->
         order.append(owner[starts[:-1]])
         open_row, open_example = pooled[-1], int(owner[-1])
     if open_example < 0:
-        return csr_array(([], ([], [])), shape=(n_examples, width), dtype=np.float32)
+        return csr_array(np.zeros((n_examples, width), dtype=np.float32))
     finished.append(csr_array(open_row[None]))
     examples = np.concatenate([*order, [open_example]]).astype(np.int64)
     if len(np.unique(examples)) != len(examples):

@@ -4,16 +4,23 @@ Rows come from a model's forward passes (`extraction.read_pieces`) or from an ac
 (`stored_pieces`); what is done with them is the same.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from saefty.errors import MismatchError
-from saefty.extraction import Piece
+from saefty.reading import Piece
 from saefty.saes.base import SparseAutoencoder
+from saefty.records import Site
 from saefty.stores.activations import ROW_COLUMNS, ActivationStore
+from saefty.stores.base import StoreWriter
+from saefty.stores.features import KIND, FeatureStore, build_index, commit_features
+
+Pieces = Callable[[Collection[int]], Iterable[Piece]]
+"""Gives the pieces that are not done yet, when told which are."""
 
 ENCODED_ROWS = 4096
 """Rows encoded at once: enough for the matrix product, little enough for the memory."""
@@ -72,3 +79,50 @@ def stored_pieces(
         rows = {name: np.array(file.array(name)) for name in ROW_COLUMNS}
         x = {store.site(layer): store.shard(layer, index) for layer in layers}
         yield Piece(index, rows, x, {})
+
+
+def write_features(
+    folder: Path,
+    fingerprint: str,
+    pieces: Pieces,
+    saes: Mapping[int, SparseAutoencoder],
+    *,
+    sources: Mapping[int, str],
+    model_name: str,
+    extra: Sequence[str],
+) -> FeatureStore:
+    """Encode pieces into a folder; those that are there and whole are not made again.
+
+    Args:
+        folder: The store's folder, whose lock the caller holds; the example table is in it.
+        fingerprint: A checksum of everything the features depend on.
+        pieces: Where the activations come from.
+        saes: The SAE of each layer.
+        sources: Where each SAE was loaded from.
+        model_name: The model the activations come from.
+        extra: Further files of the store, such as the example table.
+
+    Returns:
+        The complete store, index included.
+    """
+    writer = StoreWriter(folder, KIND, fingerprint)
+    records = writer.done()
+    for piece in pieces(records):
+        code = encode_piece(piece, saes)
+        counts = {"masked": dict(piece.masked)}
+        records[piece.index] = commit_features(writer, piece.index, code, piece.rows, counts)
+    ordered = [records[i] for i in sorted(records)]
+    indices = [build_index(folder, i, len(ordered), saes[i].d_sae) for i in sorted(saes)]
+    layers = sorted(saes)
+    sites = {layer: saes[layer].site or Site(layer) for layer in layers}
+    facts = {
+        "layers": layers,
+        "sites": {str(layer): sites[layer].name for layer in layers},
+        "d_sae": {str(layer): saes[layer].d_sae for layer in layers},
+        "saes": {str(layer): sources.get(layer) for layer in layers},
+        "n_tokens": sum(record["rows"] for record in ordered),
+        "nnz": {str(i): sum(record["nnz"][str(i)] for record in ordered) for i in layers},
+        "model_name": model_name,
+    }
+    writer.finish(ordered, facts, [*extra, *indices])
+    return FeatureStore(folder)

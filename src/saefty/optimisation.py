@@ -135,8 +135,8 @@ class Trainee:
         result = training_step(self.sae, x, dead, self.kernels)
         gradients = result.gradients
         if self.sae.unit_decoder:
-            along = (gradients["W_dec"] * self.sae.W_dec).sum(dim=1, keepdim=True)
-            gradients["W_dec"].sub_(along * self.sae.W_dec)
+            along = torch.linalg.vecdot(gradients["W_dec"], self.sae.W_dec)
+            gradients["W_dec"].addcmul_(along[:, None], self.sae.W_dec, value=-1)
         norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
         loss = float(result.loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):

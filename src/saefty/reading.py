@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20
 """Activations of one layer in a piece: large enough that checksums and flushes cost little."""
 
+PLAN = "plan.json"
 SHOWN_IDS = 5
 
 
@@ -218,7 +219,7 @@ def write_tables(folder: Path, reading: Reading, name: str) -> None:
     """
     lines = "".join(fsio.dump_json_line(record) for record in reading.records())
     fsio.commit_text(folder / name, lines)
-    fsio.commit_json(folder / "plan.json", reading.plan.as_record())
+    fsio.commit_json(folder / PLAN, reading.plan.as_record())
 
 
 def read_pieces(

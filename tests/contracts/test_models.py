@@ -1,7 +1,7 @@
 """What every model family must do: read the true activations, edit them, and leave no trace.
 
-The truth comes from plain hooks set here on modules named here, and from the block's arithmetic done
-by hand, not from the package's own way of finding places.
+The truth comes from plain hooks set here on modules named here, and from the block's arithmetic
+done by hand, not from the package's own way of finding places.
 """
 
 import pytest

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from saefty.errors import MismatchError
 from saefty.interventions.gate import gate, subtract
 from saefty.models.base import Positions

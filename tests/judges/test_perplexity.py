@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from saefty.judges.perplexity import Fluency, perplexity
 from saefty.records import Example, Message
 

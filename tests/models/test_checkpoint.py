@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from saefty.errors import (
     ConfigError,
     InputError,

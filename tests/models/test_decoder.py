@@ -3,10 +3,10 @@
 import logging
 
 import pytest
-import tiny_models
 import torch
 from torch import nn
 
+import tiny_models
 from saefty.errors import ConfigError, InputError, MismatchError
 from saefty.models.decoder import Decoder
 from saefty.records import Example, Message, Site

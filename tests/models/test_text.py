@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tiny_models
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
+import tiny_models
 from saefty.errors import InputError
 from saefty.models.text import TextEncoder, with_response
 from saefty.records import ROLES, Example, Message

@@ -5,7 +5,7 @@ averages says how many are.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from saefty.records import Example
 from saefty.registry import Registry
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Scores replies."""
 

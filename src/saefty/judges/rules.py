@@ -30,18 +30,18 @@ REFUSALS: Mapping[str, str] = {
     "en": rf"\bi (?:really |simply |just |also )?{_CANNOT}{_FILLER}{_SERVE}"
     r"|\bi'm (?:unable|not able|not allowed|not going) to\b"
     r"|\bi (?:must|have to|need to|will) (?:respectfully )?(?:decline|refuse)\b"
-    r"|\bi(?:'m not| am not| don't feel) comfortable\b"
+    r"|\bi(?:'m not| am not| don't feel| do not feel) comfortable\b"
     r"|^\W*(?:i'?m (?:very |really |so )?sorry|i am sorry|sorry|i apologi[sz]e)\b[^.!?]{0,40}"
     r"\b(?:can't|cannot|can not|unable|not able|won't|must decline)\b"
     r"|\bas an (?:ai|artificial intelligence)\b[^.!?]{0,60}\b(?:can't|cannot|unable|not)\b"
     r"|\b(?:this|that|your|the) request (?:is|would be) (?:illegal|harmful|unethical|inappropriate)"
     r"|\bit(?:'s| is| would be) (?:illegal|unethical|not appropriate|inappropriate|harmful) to\b",
-    "fr": r"\bje (?:ne )?(?:peux|puis|pourrai|saurais|dois) pas\b"
+    "fr": r"\bje (?:ne )?(?:peux|puis|pourrai|saurais|dois) (?:\w+ ){0,2}?pas\b"
     r"|\bje ne (?:peux|puis|saurais)\b[^.!?]{0,15}\b(?:aider|répondre|fournir|donner|accéder)\b"
     r"|\bje (?:refuse|dois (?:refuser|décliner))\b|\bil m'est impossible\b"
     r"|\bje ne suis pas (?:en mesure|autorisée?|capable)\b"
     r"|^\W*(?:je suis )?désolée?\b[^.!?]{0,40}\b(?:pas|impossible|refuse)\b",
-    "de": r"\b(?:ich (?:kann|darf|werde|möchte)|(?:damit|dabei|das|hier) (?:kann|darf|werde) ich)\b"
+    "de": r"\b(?:ich (?:kann|darf|werde|möchte)|(?:damit|dabei|das|hier|leider) (?:kann|darf|werde) ich)\b"
     r"[^.!?]{0,60}\b(?:nicht|keine?n?)\b"
     r"|\bich (?:muss|möchte)\b[^.!?]{0,30}\bablehnen\b|\bich lehne\b[^.!?]{0,40}\bab\b"
     r"|\bich bin nicht (?:in der lage|befugt|berechtigt)\b|\bich weigere mich\b"
@@ -69,7 +69,7 @@ REFUSALS: Mapping[str, str] = {
 
 
 def normalised(text: str) -> str:
-    """Return text in which spelling does not hide a word: NFKC, lower case, straight apostrophes."""
+    """Return text in which spelling hides no word: NFKC, lower case, straight apostrophes."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[’‘`´ʼ]", "'", plain)
 

@@ -275,8 +275,8 @@ def load_weights(section: ModelSection, auto_class: Any) -> Any:
     if misfits:
         name, found, wanted = misfits[0]
         raise MismatchError(
-            f"the weights of {section.name} do not fit its config.json: {name} is {list(found)}, but "
-            f"should be {list(wanted)} ({len(misfits)} tensors in all).",
+            f"the weights of {section.name} do not fit its config.json: {name} is {list(found)}, "
+            f"but should be {list(wanted)} ({len(misfits)} tensors in all).",
             then="Copy the config.json that belongs to the weights.",
         )
     if not section.device_map:

@@ -174,7 +174,7 @@ class Decoder(ModelAdapter):
         self.info.check_sites([site])
         self._place(site)
 
-        def edit_here(x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        def edit_here(x: Float[Tensor, "batch seq d_model"]) -> Tensor:
             assert self._positions is not None, "an edit ran outside a forward pass"
             return edit(x, self._positions)
 

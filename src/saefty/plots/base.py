@@ -5,7 +5,10 @@ the same in every picture, and no difference is told by colour alone. Text falls
 that hold Japanese, Korean and Cyrillic, of those that are installed.
 """
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +21,8 @@ from matplotlib.figure import Figure, SubFigure
 
 from saefty import fsio
 from saefty.registry import Registry
+
+log = logging.getLogger(__name__)
 
 Canvas: TypeAlias = Figure | SubFigure
 
@@ -70,7 +75,7 @@ def save_plot(
         PLOTS[name](data, figure)
         # Without the software's version two runs of the same data write the same bytes.
         metadata = {"Software": None} if final.suffix == ".png" else None
-        with fsio.staged(final) as temporary:
+        with fsio.staged(final) as temporary, _counted_glyphs(final):
             figure.savefig(temporary, dpi=dpi, metadata=metadata)
     return final
 
@@ -106,6 +111,24 @@ def installed_fonts() -> tuple[str, ...]:
     """Return those of the fonts that this machine has; the first ships with matplotlib."""
     known = {font.name for font in font_manager.fontManager.ttflist}
     return tuple(font for font in FONTS if font in known)
+
+
+@contextmanager
+def _counted_glyphs(path: Path) -> Iterator[None]:
+    """Say once how many letters no installed font holds, instead of a warning for each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    missing = {str(one.message) for one in caught if "missing from font" in str(one.message)}
+    for one in caught:
+        if str(one.message) not in missing:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if missing:
+        log.warning(
+            "%s shows boxes for %d letters that no installed font holds; install Noto Sans CJK",
+            path,
+            len(missing),
+        )
 
 
 def say_nothing_to_draw(ax: Axes, why: str) -> None:

@@ -24,60 +24,45 @@ def draw(data: FiringStats, figure: Canvas) -> None:
     rates = data.firing_rate[data.active_count > 0]
     dead = latents - len(rates)
     always = int((data.firing_rate >= ALWAYS_ON).sum())
-    # One decade below the rarest rate that these tokens can show.
     first = np.floor(np.log10(1 / tokens)) if tokens > 1 else -1.0
     edges = np.logspace(first, 0, int(-first * BINS_A_DECADE) + 1)
-    counts, _ = np.histogram(np.clip(rates, edges[0], 1.0), edges)
+    edges[-1] = ALWAYS_ON
+    counts, _ = np.histogram(rates[rates < ALWAYS_ON].clip(min=edges[0]), edges)
     ax.bar(edges[:-1], counts, np.diff(edges), align="edge", color=HARMLESS, edgecolor="white")
     ax.set_xscale("log")
-    left = edges[0] / 10**0.9
-    ax.bar(
-        left,
-        dead,
-        edges[0] / 10**0.3 - left,
-        align="edge",
-        color=NEUTRAL,
-        hatch="///",
-        edgecolor="white",
-    )
-    ax.axvspan(ALWAYS_ON, 10**0.15, color=HARMFUL, alpha=0.25, linewidth=0)
-    ax.axvline(ALWAYS_ON, color=HARMFUL, linewidth=1.2)
-    ax.set_xlim(left / 10**0.15, 10**0.15)
-    decades = np.arange(int(first), 1)
+    # Bars of their own, as wide as two bins and two bins apart from the rest.
+    wide = gap = 10 ** (2 / BINS_A_DECADE)
+    dead_at, always_at = edges[0] / gap / wide, gap
+    for at, height, colour, hatch in (
+        (dead_at, dead, NEUTRAL, "///"),
+        (always_at, always, HARMFUL, "..."),
+    ):
+        ax.bar(at, height, at * (wide - 1), align="edge", color=colour, hatch=hatch, ec="white")
+        ax.annotate(
+            f"{height:,}",
+            (at * np.sqrt(wide), height),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            color=colour,
+        )
+    ax.set_xlim(dead_at / gap, always_at * wide * gap)
+    decades = np.arange(int(first), 0)
     ax.set_xticks(
-        [np.sqrt(left * edges[0] / 10**0.3), *10.0**decades],
-        ["never", *(_rate(int(decade)) for decade in decades)],
+        [dead_at * np.sqrt(wide), *10.0**decades, always_at * np.sqrt(wide)],
+        ["never", *(_rate(int(decade)) for decade in decades), "always\n(≥ 99%)"],
     )
     ax.minorticks_off()
-    top = max(int(counts.max()), dead, 1)
-    ax.set_ylim(0, top * 1.12)
+    ax.set_ylim(0, max(int(counts.max()), dead, always, 1) * 1.1)
     ax.grid(axis="x", visible=False)
     ax.set_xlabel(f"firing rate: share of {tokens:,} tokens on which a latent is above 0")
     ax.set_ylabel("number of latents")
-    middle = f"median of the others {np.median(rates):.2%} of tokens" if len(rates) else ""
+    others = f"; the median of the others fires on {np.median(rates):.2%}" if len(rates) else ""
     ax.set_title(
-        f"{latents:,} latents: {dead:,} never fire ({dead / latents:.1%}), "
-        f"{always:,} always on ({always / latents:.1%})"
-    )
-    ax.text(
-        0.02,
-        0.97,
-        f"mean L0 {data.mean_l0:.1f} latents a token\n{middle}".strip(),
-        transform=ax.transAxes,
-        va="top",
-        color="#404040",
-    )
-    ax.annotate(
-        "always on (≥ 99 %)",
-        (ALWAYS_ON, 0.97),
-        xycoords=("data", "axes fraction"),
-        xytext=(-5, 0),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color=HARMFUL,
+        f"{latents:,} latents: {dead / latents:.1%} never fire, {always / latents:.1%} always on\n"
+        f"{data.mean_l0:.1f} fire on an average token{others}"
     )
 
 
 def _rate(decade: int) -> str:
-    return f"{10.0 ** (2 + decade):g} %"
+    return f"{10.0 ** (2 + decade):g}%"

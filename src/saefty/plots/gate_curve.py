@@ -27,6 +27,8 @@ class GateCurve:
         target_fluency: Fluency with the chosen latents gated; 1 is as fluent as ungated.
         control_fluency: Fluency with the other latents gated.
         behaviour: What is measured, for the axis.
+        claim: The number of gated latents that the heading speaks of; None for the one with the
+            largest fall.
     """
 
     counts: tuple[int, ...]
@@ -37,6 +39,7 @@ class GateCurve:
     target_fluency: tuple[Interval, ...] = ()
     control_fluency: tuple[Interval, ...] = ()
     behaviour: str = "refusal"
+    claim: int | None = None
 
 
 @PLOTS.register("gate_curve")
@@ -68,9 +71,9 @@ def draw(data: GateCurve, figure: Canvas) -> None:
         ends = [one.low for one in (*data.target_fluency, *data.control_fluency)]
         lowest = np.nanmin([*ends, 0.75])
         bottom.set_ylim(max(0.0, lowest - 0.05), 1.04)
-        bottom.set_ylabel("fluency")
+        bottom.set_ylabel("fluency\n(1 = as before)")
     bottom.set_xticks(places, [str(count) for count in data.counts])
-    bottom.set_xlabel("number of gated latents; bands: 95 % interval")
+    bottom.set_xlabel("number of gated latents; bands: 95% interval")
 
 
 def _curve(
@@ -106,11 +109,11 @@ def _curve(
 
 
 def _headline(data: GateCurve) -> str:
-    """Say the largest fall of the target, and what the control did at the same count."""
+    """Say how far gating lowered the behaviour, and what the control did at the same count."""
     falls = [100 * (data.target_harmful[0].estimate - one.estimate) for one in data.target_harmful]
     if np.isnan(falls).all():
         return f"{data.behaviour.capitalize()} could not be judged"
-    at = int(np.nanargmax(falls))
+    at = int(np.nanargmax(falls)) if data.claim is None else data.counts.index(data.claim)
     count = data.counts[at]
     if falls[at] < 1 or not data.control_harmful:
         return f"Gating up to {max(data.counts)} latents: {data.behaviour} of harmful prompts"

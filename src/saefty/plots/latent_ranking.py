@@ -69,14 +69,25 @@ def draw(data: LatentRanking, figure: Canvas) -> None:
     ax.set_xlim(min(0.4, np.nanmin(ends) - 0.02), 1.01)
     ax.grid(axis="y", visible=False)
     held_out = f" on {data.examples:,} held-out examples" if data.examples else ""
-    ax.set_xlabel(f"AUROC{held_out} (0.5 = chance), bars: 95 % interval")
-    n = sum(found)
-    ax.set_title(
-        f"{n} of {len(found)} latents shown track harm beyond luck"
-        if n
-        else "No latent tracks harm beyond luck"
-    )
+    ax.set_xlabel(f"AUROC{held_out} (0.5 = chance), bars: 95% interval")
+    ax.set_ylabel("chosen on other examples, best first")
+    best = max((one.estimate for _, one in data.controls), default=np.nan)
+    if not np.isnan(best):
+        ax.axvline(best, color=NEUTRAL, linewidth=1, linestyle=":")
+    ax.set_title(_headline(data, best))
     _legend(ax, found, bool(data.controls))
+
+
+def _headline(data: LatentRanking, best_control: float) -> str:
+    """Say how many latents are findings, and of how many the interval lies above all controls."""
+    found = [interval for _, interval, is_found in data.latents if is_found]
+    if not found:
+        return "No latent tracks harm beyond luck"
+    first = f"{len(found)} of {len(data.latents)} latents shown track harm beyond luck"
+    if np.isnan(best_control):
+        return first
+    above = sum(one.low > best_control for one in found)
+    return f"{first};\n{above or 'none'} of them clearly above every control"
 
 
 def _interval(ax: Axes, place: float, interval: Interval, colour: str, marker: str) -> None:

@@ -44,30 +44,33 @@ def draw(data: Mapping[str, TrainingCurve], figure: Canvas) -> None:
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) and values.max() / values.min() > 5:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ax.set_xlabel("training step")
     ax.set_ylabel("variance unexplained (FVU)")
-    ax.set_title("; ".join(_ending(name, curve, len(curves)) for name, curve in curves.items()))
-    figure.legend(loc="outside lower center", ncols=min(4, 2 * len(curves)))
+    ax.set_title(_headline(list(curves.values())))
+    figure.legend(loc="outside lower center", ncols=3)
 
 
 def _draw_one(ax: Axes, name: str, curve: TrainingCurve, colour: str, *, alone: bool) -> None:
-    prefix = "" if alone else f"{name}, "
-    many = len(curve.steps) > 1
+    """Draw one SAE; among several its colour has a name, and batches are told by thin lines."""
+    checked = len(curve.validation) > 0
+    last = curve.validation[-1] if checked else curve.train[-1]
+    kind = "validation" if checked else "training batches"
+    label = f"{kind if alone else name} ({last:.1%} at the end)"
     ax.plot(
         curve.steps,
         curve.train,
-        "-" if many else ".",
-        color=colour if not alone else NEUTRAL,
-        alpha=0.45,
+        "-" if len(curve.steps) > 1 else ".",
+        color=NEUTRAL if alone and checked else colour,
+        alpha=0.45 if checked else 1.0,
         linewidth=1.0,
-        label=f"{prefix}training batches",
+        label=("training batches" if alone else None) if checked else label,
     )
-    if len(curve.validation):
+    if checked:
         ax.plot(
             curve.validation_steps,
             curve.validation,
@@ -75,15 +78,14 @@ def _draw_one(ax: Axes, name: str, curve: TrainingCurve, colour: str, *, alone: 
             color=colour,
             linewidth=2.2,
             markersize=4.5,
-            label=f"{prefix}validation",
+            label=label,
         )
 
 
-def _ending(name: str, curve: TrainingCurve, curves: int) -> str:
-    held_out = len(curve.validation) > 0
-    last = curve.validation[-1] if held_out else curve.train[-1]
-    prefix = f"{name}: " if curves > 1 else ""
-    kind = "validation" if held_out else "training"
-    if curves > 1:
-        return f"{prefix}{last:.1%}"
-    return f"{last:.1%} of the variance unexplained at the end ({kind})"
+def _headline(curves: list[TrainingCurve]) -> str:
+    checked = all(len(curve.validation) for curve in curves)
+    ends = [curve.validation[-1] if checked else curve.train[-1] for curve in curves]
+    where = "of held-out variance" if checked else "of the training batches' variance"
+    if len(ends) == 1:
+        return f"{ends[0]:.1%} {where} unexplained at the end"
+    return f"{min(ends):.1%} to {max(ends):.1%} {where} unexplained at the end"

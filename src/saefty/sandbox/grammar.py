@@ -154,9 +154,7 @@ class Grammar:
         """Return the words a slot takes: VERB and OBJECT stand for all their classes."""
         kinds = {"VERB": ("verb0", "verb1"), "OBJECT": ("object0", "object1", "object2")}
         return tuple(
-            w
-            for pos in kinds.get(slot, (slot.lower(),))
-            for w in self.lexicon.words(language, pos)
+            w for pos in kinds.get(slot, (slot.lower(),)) for w in self.lexicon.words(language, pos)
         )
 
     def _flat(self, language: str, alternative: Sequence[str], optional: bool) -> list[str]:

@@ -164,9 +164,7 @@ def train_language_model(
     return losses
 
 
-def save_model(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a model's weights in bfloat16, its config and its tokenizer.
 
     The config says float32, so that `dtype="auto"` computes in float32 on any machine.
@@ -206,9 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train_language_model(
-        World(options.seed), options.out, seed=options.seed, steps=options.steps
-    )
+    train_language_model(World(options.seed), options.out, seed=options.seed, steps=options.steps)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ class Lexicon:
 
     def content(self, language: str) -> tuple[Word, ...]:
         """Return every content word of a language."""
-        return tuple(w for (lang, _), listed in self._words.items() if lang == language for w in listed)
+        return tuple(
+            w for (lang, _), listed in self._words.items() if lang == language for w in listed
+        )
 
 
 @cache

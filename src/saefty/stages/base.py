@@ -10,11 +10,13 @@ import torch
 
 from saefty import fsio
 from saefty.data.base import DataSection, load_examples
-from saefty.errors import ConfigError, InputError
-from saefty.extraction import example_record
+from saefty.errors import ConfigError, InputError, MismatchError
+from saefty.reading import example_record
 from saefty.models.base import ModelAdapter, ModelSection, inspect_model, load_model
 from saefty.records import Example, Site
 from saefty.runs import METADATA, read_metadata
+from saefty.saes.base import SparseAutoencoder
+from saefty.saes.native import load_sae
 
 log = logging.getLogger(__name__)
 
@@ -101,3 +103,26 @@ def find_saes(source: Path) -> list[Path]:
             then="Name the folder of one of them.",
         )
     return found
+
+
+def load_saes(
+    source: Path, layers: Sequence[int] | None = None
+) -> tuple[dict[int, SparseAutoencoder], dict[int, str]]:
+    """Return the SAEs of a training run or folder by layer, and where each was loaded from.
+
+    Raises:
+        MismatchError: If a layer that was asked for has no SAE.
+    """
+    loaded, sources = {}, {}
+    for number, folder in enumerate(find_saes(source)):
+        sae = load_sae(folder)
+        layer = sae.site.layer if sae.site else number
+        loaded[layer], sources[layer] = sae, str(folder)
+    missing = sorted(set(layers or ()) - set(loaded))
+    if missing:
+        raise MismatchError(
+            f"layers {missing} were asked for, but {source} holds SAEs of layers {sorted(loaded)}.",
+            then="Train an SAE for these layers, or choose others.",
+        )
+    wanted = sorted(layers or loaded)
+    return {i: loaded[i] for i in wanted}, {i: sources[i] for i in wanted}

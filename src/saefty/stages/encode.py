@@ -1,7 +1,7 @@
 """encode: the sparse features of every token of a dataset, by one SAE a layer."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,25 +10,24 @@ from pydantic import model_validator
 from saefty import fsio
 from saefty.config import Config, config_tree
 from saefty.data.base import DataSection
-from saefty.encoding import check_saes, encode_piece, stored_pieces
+from saefty.encoding import check_saes, stored_pieces, write_features
 from saefty.errors import MismatchError
-from saefty.extraction import Piece, ReadingSection, prepare, read_pieces, write_tables
 from saefty.models.base import ModelAdapter, ModelSection
+from saefty.reading import PLAN, ReadingSection, prepare, read_pieces, write_tables
 from saefty.records import Example, Site
 from saefty.runs import Run, RunSection, find_run, run_folder
 from saefty.saes.base import SparseAutoencoder
-from saefty.saes.native import load_sae
 from saefty.stages.base import (
     Outcome,
     data_inputs,
-    find_saes,
+    load_saes,
     model_inputs,
     open_data,
     open_model,
 )
 from saefty.stores.activations import ActivationStore
-from saefty.stores.base import EXAMPLES, StoreWriter
-from saefty.stores.features import KIND, build_index, commit_features
+from saefty.stores.base import EXAMPLES
+from saefty.stores.features import FeatureStore
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +92,11 @@ def run(
     cfg = _resolved(cfg, load=saes is None)
     if saes is None:
         saes, sources = load_saes(Path(cfg.encode.sae), cfg.encode.layers)
-    sites = [sae.site or Site(layer, cfg.encode.hook_point) for layer, sae in sorted(saes.items())]
-    facts: dict[str, Any] = {
-        "layers": sorted(saes),
-        "sites": {str(site.layer): site.name for site in sites},
-        "d_sae": {str(layer): saes[layer].d_sae for layer in sorted(saes)},
-        "saes": {str(layer): sources.get(layer) for layer in sorted(saes)},
-    }
     inputs = {"saes": {str(layer): sae_inputs(sae) for layer, sae in sorted(saes.items())}}
     if cfg.encode.store is not None:
-        return _encode_store(cfg, saes, facts, inputs)
+        return _encode_store(cfg, saes, sources, inputs)
     assert cfg.model is not None  # the configuration has one source
+    sites = [sae.site or Site(layer, cfg.encode.hook_point) for layer, sae in sorted(saes.items())]
     chosen = open_data(cfg.data, examples)
     model = model or open_model(cfg.model, sites, cfg.run.dir)
     check_saes(saes, model.d_model, model.name)
@@ -113,45 +106,17 @@ def run(
     with Run(folder, "encode", config_tree(cfg), inputs) as current:
         reading = prepare(model, chosen, cfg.encode, len(sites))
         current.ledger = reading.ledger
-        writer = StoreWriter(folder, KIND, current.fingerprint)
-        records = writer.done()
         write_tables(folder, reading, EXAMPLES)
-        pieces = read_pieces(model, reading, sites, cfg.encode, records)
-        extra = [EXAMPLES, "plan.json"]
-        return _write(current, writer, records, pieces, saes, facts, extra, model.name)
-
-
-def _resolved(cfg: EncodeConfig, load: bool) -> EncodeConfig:
-    """Put folders in the place of `latest`, which would mean another run tomorrow."""
-    folders: dict[str, str] = {}
-    if load:
-        folders["sae"] = str(find_run(cfg.encode.sae, "sae", cfg.run.root))
-    if cfg.encode.store is not None:
-        folders["store"] = str(find_run(cfg.encode.store, "extract", cfg.run.root))
-    return cfg.model_copy(update={"encode": cfg.encode.model_copy(update=folders)})
-
-
-def load_saes(
-    source: Path, layers: Sequence[int] | None = None
-) -> tuple[dict[int, SparseAutoencoder], dict[int, str]]:
-    """Return the SAEs of a training run or folder by layer, and where each was loaded from.
-
-    Raises:
-        MismatchError: If a layer that was asked for has no SAE.
-    """
-    loaded, sources = {}, {}
-    for number, folder in enumerate(find_saes(source)):
-        sae = load_sae(folder)
-        layer = sae.site.layer if sae.site else number
-        loaded[layer], sources[layer] = sae, str(folder)
-    missing = sorted(set(layers or ()) - set(loaded))
-    if missing:
-        raise MismatchError(
-            f"layers {missing} were asked for, but {source} holds SAEs of layers {sorted(loaded)}.",
-            then="Train an SAE for these layers, or choose others in encode.layers.",
+        store = write_features(
+            folder,
+            current.fingerprint,
+            lambda done: read_pieces(model, reading, sites, cfg.encode, done),
+            saes,
+            sources=sources,
+            model_name=model.name,
+            extra=[EXAMPLES, PLAN],
         )
-    wanted = sorted(layers or loaded)
-    return {i: loaded[i] for i in wanted}, {i: sources[i] for i in wanted}
+        return _finish(current, store)
 
 
 def sae_inputs(sae: SparseAutoencoder) -> str:
@@ -165,7 +130,7 @@ def sae_inputs(sae: SparseAutoencoder) -> str:
 def _encode_store(
     cfg: EncodeConfig,
     saes: Mapping[int, SparseAutoencoder],
-    facts: dict[str, Any],
+    sources: Mapping[int, str],
     inputs: dict[str, Any],
 ) -> Outcome:
     store = ActivationStore.open(cfg.encode.store or "")
@@ -181,45 +146,40 @@ def _encode_store(
     inputs["store"] = store.manifest["fingerprint"]
     with Run(folder, "encode", config_tree(cfg), inputs) as current:
         current.ledger.ok = store.n_rows
-        writer = StoreWriter(folder, KIND, current.fingerprint)
-        records = writer.done()
         text = "".join(fsio.dump_json_line(record) for record in store.examples())
         fsio.commit_text(folder / EXAMPLES, text)
-        pieces = stored_pieces(store, sorted(saes), records)
-        name = str(store.manifest.get("model_name", ""))
-        return _write(current, writer, records, pieces, saes, facts, [EXAMPLES], name)
+        features = write_features(
+            folder,
+            current.fingerprint,
+            lambda done: stored_pieces(store, sorted(saes), done),
+            saes,
+            sources=sources,
+            model_name=str(store.manifest.get("model_name", "")),
+            extra=[EXAMPLES],
+        )
+        return _finish(current, features)
 
 
-def _write(
-    current: Run,
-    writer: StoreWriter,
-    records: dict[int, dict[str, Any]],
-    pieces: Iterable[Piece],
-    saes: Mapping[int, SparseAutoencoder],
-    facts: dict[str, Any],
-    extra: list[str],
-    model_name: str,
-) -> Outcome:
-    for piece in pieces:
-        code = encode_piece(piece, saes)
-        counts = {"masked": dict(piece.masked)}
-        records[piece.index] = commit_features(writer, piece.index, code, piece.rows, counts)
-    folder, ordered = writer.folder, [records[i] for i in sorted(records)]
-    indices = [build_index(folder, i, len(ordered), saes[i].d_sae) for i in sorted(saes)]
-    n_rows = sum(record["rows"] for record in ordered)
-    nnz = {
-        str(layer): sum(record["nnz"][str(layer)] for record in ordered) for layer in sorted(saes)
-    }
-    facts = {**facts, "n_tokens": n_rows, "model_name": model_name}
-    writer.finish(ordered, facts, [*extra, *indices])
+def _finish(current: Run, store: FeatureStore) -> Outcome:
+    n_tokens = max(store.n_tokens, 1)
     figures = {
-        "layers": facts["layers"],
-        "tokens": n_rows,
-        "l0_mean": {layer: total / max(n_rows, 1) for layer, total in nnz.items()},
+        "layers": list(store.layers),
+        "tokens": store.n_tokens,
+        "l0_mean": {layer: nnz / n_tokens for layer, nnz in store.manifest["nnz"].items()},
         "ledger": current.ledger.as_record(),
     }
     current.finish(figures)
-    return Outcome("encode", folder, figures)
+    return Outcome("encode", current.folder, figures)
+
+
+def _resolved(cfg: EncodeConfig, load: bool) -> EncodeConfig:
+    """Put folders in the place of `latest`, which would mean another run tomorrow."""
+    folders: dict[str, str] = {}
+    if load:
+        folders["sae"] = str(find_run(cfg.encode.sae, "sae", cfg.run.root))
+    if cfg.encode.store is not None:
+        folders["store"] = str(find_run(cfg.encode.store, "extract", cfg.run.root))
+    return cfg.model_copy(update={"encode": cfg.encode.model_copy(update=folders)})
 
 
 def _warn_of_other_model(saes: Mapping[int, SparseAutoencoder], name: str) -> None:

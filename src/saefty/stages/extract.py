@@ -1,23 +1,17 @@
 """extract: run a model over a dataset and keep its activations."""
 
-import logging
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import field_validator
 
 from saefty.config import Config, config_tree
 from saefty.data.base import DataSection
-from saefty.extraction import Reading, ReadingSection, prepare, read_pieces, write_tables
+from saefty.extraction import write_activations
 from saefty.models.base import ModelAdapter, ModelSection
+from saefty.reading import ReadingSection, prepare
 from saefty.records import Example, Site
 from saefty.runs import Run, RunSection, run_folder
 from saefty.stages.base import Outcome, data_inputs, model_inputs, open_data, open_model
-from saefty.stores.activations import KIND, commit_activations
-from saefty.stores.base import EXAMPLES, StoreWriter
-
-log = logging.getLogger(__name__)
 
 
 class ExtractSection(ReadingSection):
@@ -72,49 +66,13 @@ def run(
     with Run(folder, "extract", config_tree(cfg), inputs) as current:
         reading = prepare(model, chosen, cfg.extract, len(sites))
         current.ledger = reading.ledger
-        writer = StoreWriter(folder, KIND, current.fingerprint)
-        records = writer.done()
-        if records:
-            log.info("%d of %d pieces are done", len(records), len(reading.plan.pieces))
-        write_tables(folder, reading, EXAMPLES)
-        for piece in read_pieces(model, reading, sites, cfg.extract, records):
-            x = {site.layer: values for site, values in piece.activations.items()}
-            counts = {"masked": dict(piece.masked)}
-            records[piece.index] = commit_activations(writer, piece.index, x, piece.rows, counts)
-        facts = _facts(cfg, model, sites, list(records.values()))
-        writer.finish([records[i] for i in sorted(records)], facts, [EXAMPLES, "plan.json"])
-        figures = _figures(facts, reading)
+        store = write_activations(folder, current.fingerprint, model, reading, sites, cfg.extract)
+        figures = {
+            "layers": list(store.layers),
+            "d_in": store.d_in,
+            "rows": store.n_rows,
+            "masked": store.manifest["masked"],
+            "examples": reading.ledger.as_record(),
+        }
         current.finish(figures)
     return Outcome("extract", folder, figures)
-
-
-def _facts(
-    cfg: ExtractConfig,
-    model: ModelAdapter,
-    sites: Sequence[Site],
-    records: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    masked: Counter[str] = Counter()
-    for record in records:
-        masked.update(record["masked"])
-    pooled = cfg.extract.pooling.name != "none"
-    return {
-        "layers": [site.layer for site in sites],
-        "sites": {str(site.layer): site.name for site in sites},
-        "d_in": model.d_model,
-        "dtype": "float32" if pooled else str(model.dtype).removeprefix("torch."),
-        "pooling": cfg.extract.pooling.name,
-        "model_name": model.name,
-        "n_rows": sum(record["rows"] for record in records),
-        "masked": dict(masked),
-    }
-
-
-def _figures(facts: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    return {
-        "layers": facts["layers"],
-        "d_in": facts["d_in"],
-        "rows": facts["n_rows"],
-        "masked": facts["masked"],
-        "examples": reading.ledger.as_record(),
-    }

@@ -9,7 +9,7 @@ from pydantic import Field
 from saefty import fsio
 from saefty.config import Config, build_config, config_tree
 from saefty.errors import InputError, MismatchError
-from saefty.extraction import example_from
+from saefty.reading import example_from
 from saefty.fidelity import measure_loss_recovered
 from saefty.models.base import ModelAdapter, ModelSection, load_model
 from saefty.runs import METADATA, Run, RunSection, find_run, read_metadata, run_folder
@@ -141,4 +141,3 @@ def _commit(one: TrainedSae, figures: dict[str, Any]) -> None:
 def _figures(one: TrainedSae) -> dict[str, Any]:
     metrics = _metrics(one)
     return {name: metrics.get(name) for name in PRINTED}
-

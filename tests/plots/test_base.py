@@ -1,0 +1,47 @@
+import logging
+import warnings
+
+import numpy as np
+import pytest
+
+from saefty.errors import UnknownNameError
+from saefty.plots.base import PLOTS, installed_fonts, save_plot, style
+from saefty.plots.loss_curve import TrainingCurve
+
+
+def test_fonts_that_are_not_installed_are_not_asked_for(caplog, tmp_path):
+    with caplog.at_level(logging.WARNING, logger="matplotlib"):
+        curve = TrainingCurve(np.arange(3), np.array([1.0, 0.5, 0.2]))
+        save_plot("loss_curve", {"слой 1": curve}, tmp_path / "a.png", dpi=50)
+    assert caplog.records == []
+    assert installed_fonts()[0] == "DejaVu Sans"
+    assert style()["font.family"] == list(installed_fonts())
+
+
+def test_a_misspelt_plot_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(UnknownNameError, match="Did you mean 'gate_curve'"):
+        save_plot("gate_curv", None, tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+    assert list(PLOTS)
+
+
+def test_letters_that_no_font_holds_are_counted_in_one_line(caplog, tmp_path):
+    curve = TrainingCurve(np.arange(3), np.array([1.0, 0.5, 0.2]))
+    with caplog.at_level(logging.WARNING, logger="saefty"):
+        strange = {"\U0010fffd\U0010fffc": curve, "other": curve}
+        save_plot("loss_curve", strange, tmp_path / "a.png", dpi=50)
+        save_plot("loss_curve", {"abc": curve}, tmp_path / "b.png", dpi=50)
+    (record,) = caplog.records
+    assert "boxes for 2 letters" in record.getMessage()
+
+
+def test_other_warnings_are_passed_on(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def noisy(self, path, **settings):
+        path.touch()
+        warnings.warn("hm", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(Figure, "savefig", noisy)
+    with pytest.warns(UserWarning, match="hm"):
+        save_plot("loss_curve", {}, tmp_path / "a.png")

@@ -1,0 +1,84 @@
+"""What the pictures show, read back from their axes."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy.sparse import csr_array
+
+from saefty.evaluation import evaluate_latents
+from saefty.metrics.firing import firing_stats
+from saefty.metrics.intervals import Interval
+from saefty.plots.base import PLOTS
+from saefty.plots.gate_curve import GateCurve
+from saefty.plots.latent_ranking import LatentRanking
+from saefty.plots.loss_curve import TrainingCurve
+
+
+def drawn(name, data):
+    figure = Figure()
+    PLOTS[name](data, figure)
+    return figure
+
+
+def interval(value):
+    return Interval(value, value - 0.1, value + 0.05, "bootstrap", 30)
+
+
+def test_the_ranking_shows_each_estimate_with_its_ends():
+    data = LatentRanking(((3, interval(0.9), True), (8, interval(0.6), False)))
+    ax = drawn("latent_ranking", data).axes[0]
+    lines = [line.get_xdata() for line in ax.lines if len(np.atleast_1d(line.get_xdata()))]
+    np.testing.assert_allclose(lines[0], [0.8, 0.95])
+    np.testing.assert_allclose(lines[2], [0.5, 0.65])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["latent 3", "latent 8"]
+
+
+@pytest.mark.parametrize(
+    ("control", "words"), [(0.7, "1 of them clearly above"), (0.85, "none of them clearly above")]
+)
+def test_the_ranking_says_whether_a_control_does_as_well(control, words):
+    data = LatentRanking(((3, interval(0.9), True),), (("random SAE", interval(control)),))
+    assert words in drawn("latent_ranking", data).axes[0].get_title(loc="center")
+
+
+def test_the_ranking_is_made_from_an_evaluation():
+    rng = np.random.default_rng(0)
+    harmful = np.arange(120) % 2 == 0
+    z = rng.random((120, 10)) + harmful[:, None] * np.array([1.0] + [0] * 9)
+    found = evaluate_latents(csr_array(z), harmful, boots=50)
+    data = LatentRanking.of(found, {"raw neuron": interval(0.6)}, top=2)
+    assert data.latents[0][0] == 0
+    assert data.latents[0][1] == found.latents[0].auroc
+    assert len(data.latents) == 2
+    assert data.examples == 60
+
+
+def test_the_gate_curve_names_the_fall_and_the_control():
+    falls = tuple(interval(value) for value in (0.94, 0.6, 0.3))
+    stays = tuple(interval(value) for value in (0.94, 0.95, 0.9))
+    data = GateCurve((0, 4, 8), falls, stays, stays, stays)
+    title = "Gating 8 latents: refusal of harmful prompts −64 points, control −4"
+    ax = drawn("gate_curve", data).axes[0]
+    assert ax.get_title(loc="center") == title
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [94, 60, 30])
+    claimed = GateCurve((0, 4, 8), falls, stays, stays, stays, claim=4)
+    assert "Gating 4 latents" in drawn("gate_curve", claimed).axes[0].get_title(loc="center")
+
+
+def test_the_histogram_counts_every_latent_once():
+    rng = np.random.default_rng(0)
+    rates = np.concatenate([np.zeros(7), np.ones(5), rng.random(88) * 0.3 + 0.01])
+    stats = firing_stats(csr_array((rng.random((3000, 100)) < rates).astype(float)))
+    ax = drawn("firing_rate", stats).axes[0]
+    heights = [bar.get_height() for bar in ax.patches]
+    assert sum(heights) == 100
+    assert heights[-2:] == [7, 5]
+
+
+def test_the_loss_curve_ends_where_validation_ends():
+    curve = TrainingCurve(
+        np.arange(4), np.array([1.0, 0.5, 0.2, 0.1]), np.array([0, 3]), np.array([1.0, 0.12])
+    )
+    ax = drawn("loss_curve", {"layer 1": curve}).axes[0]
+    assert ax.get_title(loc="center").startswith("12.0% of held-out variance")
+    assert ax.get_yscale() == "log"
