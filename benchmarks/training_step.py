@@ -1,9 +1,9 @@
 """Time one training step of a TopK SAE: ours against the dense formula in torch, same data.
 
 Both do the whole step: encoder, selection, decoder, gradients, projection, clipping, AdamW and
-decoder norm. They alternate in one process, after two steps to warm up, and each round also times the
-encoder's product alone, which no implementation can avoid: the ratio to it carries over to other
-machines. Run: python benchmarks/training_step.py [--rounds 7] [--shape 512,8192,32,4096]
+decoder norm. They alternate in one process, after two steps to warm up, and each round also times
+the encoder's product alone, which no implementation can avoid: the ratio to it carries over to
+other machines. Run: python benchmarks/training_step.py [--rounds 7] [--shape 512,8192,32,4096]
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Dense:
             self.adam.step()
             self.adam.zero_grad()
             W /= W.norm(dim=1, keepdim=True)
-        return float(loss)
+        return float(loss.detach())
 
 
 def timed(function, *arguments):
@@ -57,7 +57,7 @@ def timed(function, *arguments):
 
 def measure(shape, rounds):
     d_in, d_sae, k, batch = shape
-    world = PlantedDictionary(n_features=1000, d_in=d_in, offset=0)
+    world = PlantedDictionary(n_features=1000, d_in=d_in, offset=0.0)
     x = torch.from_numpy(world.sample(batch * 2)) * d_in**0.5
     batches = [x[:batch], x[batch:]]
     optimizer = OptimizerSection(lr=LR, warmup_steps=0)
@@ -86,9 +86,8 @@ def main():
     arguments = parser.parse_args()
     shapes = arguments.shape or ["512,8192,32,4096", "768,24576,64,2048"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor()}")
-    print(
-        "| d_in | d_sae | k | batch | dense ms | ours ms | ratio | product ms | ours/product | Δloss |"
-    )
+    columns = "d_in d_sae k batch dense_ms ours_ms ratio product_ms ours/product loss_differs"
+    print("| " + " | ".join(columns.split()) + " |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for text in shapes:
         shape = tuple(int(part) for part in text.split(","))

@@ -1,3 +1,9 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +16,7 @@ from saefty.saes.native import load_sae, load_scaler
 from saefty.sandbox.planted import PlantedDictionary, PlantedSource
 from saefty.training import OptimizerSection, TrainSection, train_saes
 
-WORLD = PlantedDictionary(n_features=24, d_in=16, active=2, rarity=0.2)
+WORLD = PlantedDictionary(n_features=24, d_in=16, active=2.0, rarity=0.2)
 SAE = SaeSection(k=3, expansion_factor=3)
 TRAIN = TrainSection(
     max_steps=60, batch_size=128, eval_every=20, log_every=10, checkpoint_every=20, dead_rows=1500
@@ -238,6 +244,48 @@ def test_a_finished_training_is_not_done_again(tmp_path):
     assert source.yielded == 0
     assert files(tmp_path) == before
     assert trained.metrics["steps"] == 60
+
+
+def test_a_kill_between_the_result_and_the_cleaning_leaves_nothing_behind(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "remove_checkpoints", lambda folder: None)
+        train(tmp_path)
+    assert list((tmp_path / "checkpoints" / "layer_0").iterdir())
+    train(tmp_path)
+    assert not list((tmp_path / "checkpoints" / "layer_0").iterdir())
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from test_training import LONG, train
+train(Path(sys.argv[1]), **LONG)
+"""
+LONG = {"max_steps": 600, "eval_every": 10, "checkpoint_every": 10}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_training_ends_with_the_same_bytes(tmp_path):
+    """SIGKILL, not an exception: nothing of ours runs between the blow and the next start."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent / 'src'}"}
+    train(tmp_path / "whole", **LONG)
+    pieces = tmp_path / "pieces"
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(pieces)], env=environment)
+        written: set[str] = set()
+        enough = int(rng.integers(2, 7))
+        while process.poll() is None and len(written) < enough:
+            time.sleep(0.001 + 0.02 * rng.random())
+            names = {path.name for path in (pieces / "checkpoints/layer_0").glob("step_*.json")}
+            written |= names
+        process.kill()
+        process.wait()
+    assert not (pieces / "layer_0" / "metrics.json").exists(), "it was finished, not killed"
+    train(pieces, **LONG)
+    left = {name: data for name, data in files(pieces).items() if ".tmp-" not in name}
+    assert left == files(tmp_path / "whole")
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
     step_<n>.safetensors   every tensor of the state
     step_<n>.json          the rest, and the tensors' checksum; written last, for both
+    best_<i>.safetensors   the weights of the i-th SAE that were best on held-out rows so far
 
 An older checkpoint is removed only after a newer one has been read back.
 """
@@ -96,9 +97,17 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a finished training's checkpoints."""
+    """Remove what a finished training kept for resuming."""
     for step in _steps(folder):
         _remove(folder, step)
+    for pattern in ("best_*.safetensors", "step_*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def best_weights(folder: Path, index: int) -> Path:
+    """Return where the best weights so far of one SAE are kept."""
+    return folder / f"best_{index}.safetensors"
 
 
 def trim_journal(path: Path, step: int) -> None:

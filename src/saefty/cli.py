@@ -1,11 +1,12 @@
 """The command line: words and files become objects, errors become messages.
 
-Results go to standard output, everything else to standard error. Heavy libraries are imported inside
-the commands, so that `--help` answers at once.
+Results go to standard output, everything else to standard error. Heavy libraries are imported
+inside the commands, so that `--help` answers at once.
 """
 
 import importlib
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saefty.errors import SaeftyError
+from saefty.errors import ResourceError, SaeftyError
 
 if TYPE_CHECKING:
     from saefty.stages.base import Outcome
@@ -44,6 +45,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Folder = Annotated[Path, typer.Argument(help="The run's folder.")]
 
 INTERRUPTED, TERMINATED = 130, 143
+STAGES = ("extract", "train", "encode", "eval")
+RUN_KEYS = ("run.dir=", "run.root=", "run.id=")
 
 
 class Terminated(KeyboardInterrupt):
@@ -188,7 +191,11 @@ def store_verify(folder: Folder, as_json: Json = False) -> None:
 
         damage = verify_store(folder)
         if damage:
-            raise IntegrityError("\n".join(damage))
+            raise IntegrityError(
+                "\n".join(damage),
+                then=f"Run saefty store repair {shlex.quote(str(folder))}; it makes only the "
+                "damaged pieces again.",
+            )
         typer.echo(json.dumps({"store": str(folder), "whole": True}) if as_json else "whole")
 
     _guarded(job, False, False, as_json)
@@ -286,7 +293,8 @@ def _guarded(job: Callable[[], None], quiet: bool, debug: bool, as_json: bool) -
             typer.echo(json.dumps({**error.as_record(), "run": folder and str(folder)}), err=True)
         else:
             typer.echo(f"Error: {error}", err=True)
-            if folder and not error.then:
+            # A full disk is mended outside; other errors say in `then` what to change.
+            if folder and (isinstance(error, ResourceError) or not error.then):
                 typer.echo(_resume_line(folder), err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as error:
@@ -303,9 +311,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _resume_line(folder: Path) -> str:
-    words = [word for word in sys.argv[1:] if not word.startswith("run.")]
-    quoted = [f"'{word}'" if any(c in word for c in " []{}*?") else word for word in words]
-    return f"To resume: saefty {' '.join(quoted)} run.dir={folder}"
+    """Return the command that goes on: the same words, and the run's folder."""
+    words = sys.argv[1:]
+    if words[0] in STAGES:
+        words = [word for word in words if not word.startswith(RUN_KEYS)]
+        words.append(f"run.dir={folder}")
+    return f"To resume: saefty {shlex.join(words)}"
 
 
 def _print_outcome(outcome: "Outcome", as_json: bool, text: str | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Precedence: defaults, then the YAML file, then the words of the command line. Values are read as
 YAML, then coerced by the schema (so that `1e-3`, which YAML 1.1 reads as text, becomes a number).
-All problems are reported at once, each with its dotted key and, for a misspelt key, the nearest one.
+All problems are reported at once, each with its dotted key and, for a misspelt key, the nearest
+one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,6 +4,7 @@ Rows come from a model's forward passes (`extraction.read_pieces`) or from an ac
 (`stored_pieces`); what is done with them is the same.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefty.errors import MismatchError
-from saefty.reading import Piece
-from saefty.saes.base import SparseAutoencoder
+from saefty.reading import Piece, count_masked
 from saefty.records import Site
+from saefty.saes.base import SparseAutoencoder
 from saefty.stores.activations import ROW_COLUMNS, ActivationStore
 from saefty.stores.base import StoreWriter
 from saefty.stores.features import KIND, FeatureStore, build_index, commit_features
+
+log = logging.getLogger(__name__)
 
 Pieces = Callable[[Collection[int]], Iterable[Piece]]
 """Gives the pieces that are not done yet, when told which are."""
@@ -107,11 +110,14 @@ def write_features(
     """
     writer = StoreWriter(folder, KIND, fingerprint)
     records = writer.done()
+    if records:
+        log.info("%d pieces are done", len(records))
     for piece in pieces(records):
         code = encode_piece(piece, saes)
         counts = {"masked": dict(piece.masked)}
         records[piece.index] = commit_features(writer, piece.index, code, piece.rows, counts)
     ordered = [records[i] for i in sorted(records)]
+    masked = count_masked(ordered)
     indices = [build_index(folder, i, len(ordered), saes[i].d_sae) for i in sorted(saes)]
     layers = sorted(saes)
     sites = {layer: saes[layer].site or Site(layer) for layer in layers}
@@ -123,6 +129,7 @@ def write_features(
         "n_tokens": sum(record["rows"] for record in ordered),
         "nnz": {str(i): sum(record["nnz"][str(i)] for record in ordered) for i in layers},
         "model_name": model_name,
+        "masked": masked,
     }
     writer.finish(ordered, facts, [*extra, *indices])
     return FeatureStore(folder)

@@ -1,12 +1,11 @@
 """Activations into a store: the pieces of a reading, committed one by one."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from saefty.models.base import ModelAdapter
-from saefty.reading import PLAN, Reading, ReadingSection, read_pieces, write_tables
+from saefty.reading import PLAN, Reading, ReadingSection, count_masked, read_pieces, write_tables
 from saefty.records import Site
 from saefty.stores.activations import KIND, ActivationStore, commit_activations
 from saefty.stores.base import EXAMPLES, StoreWriter
@@ -45,9 +44,6 @@ def write_activations(
         counts = {"masked": dict(piece.masked)}
         records[piece.index] = commit_activations(writer, piece.index, x, piece.rows, counts)
     ordered = [records[i] for i in sorted(records)]
-    masked: Counter[str] = Counter()
-    for record in ordered:
-        masked.update(record["masked"])
     pooled = section.pooling.name != "none"
     facts = {
         "layers": [site.layer for site in sites],
@@ -57,7 +53,7 @@ def write_activations(
         "pooling": section.pooling.name,
         "model_name": model.name,
         "n_rows": sum(record["rows"] for record in ordered),
-        "masked": dict(masked),
+        "masked": count_masked(ordered),
     }
     writer.finish(ordered, facts, [EXAMPLES, PLAN])
     return ActivationStore(folder)

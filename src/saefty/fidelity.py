@@ -85,7 +85,7 @@ class Fidelity:
 
 @torch.no_grad()
 def measure_fidelity(
-    sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "rows d_in"]]
+    sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "_ d_in"]]
 ) -> Fidelity:
     """Measure an SAE on rows, in one pass and in float64 sums.
 
@@ -200,4 +200,7 @@ def measure_loss_recovered(
         n_targets += int((~clean.isnan()).sum())
     if n_targets == 0:
         raise InputError("no example has a token to predict, so the loss cannot be measured.")
-    return LossRecovered(*(total / n_targets for total in sums), n_targets)
+    clean_sum, sae_sum, zero_sum = sums
+    return LossRecovered(
+        clean_sum / n_targets, sae_sum / n_targets, zero_sum / n_targets, n_targets
+    )

@@ -50,7 +50,7 @@ def staged(path: Path | str) -> Iterator[Path]:
 
 
 def commit_bytes(path: Path | str, data: bytes) -> str:
-    """Write a file atomically.
+    """Write a file atomically; a file that holds these bytes already is left alone.
 
     Returns:
         The checksum of the bytes.
@@ -58,9 +58,11 @@ def commit_bytes(path: Path | str, data: bytes) -> str:
     Raises:
         DiskError: If the file cannot be written; what was at `path` stays.
     """
-    with staged(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-    return digest_bytes(data)
+    checksum = digest_bytes(data)
+    if not _holds(Path(path), len(data), checksum):
+        with staged(path) as temporary, open(temporary, "wb") as file:
+            file.write(data)
+    return checksum
 
 
 def commit_text(path: Path | str, text: str) -> str:
@@ -220,6 +222,14 @@ def remove_temporaries(folder: Path) -> int:
             path.unlink(missing_ok=True)
             count += 1
     return count
+
+
+def _holds(path: Path, size: int, checksum: str) -> bool:
+    """Return whether a file holds certain bytes already: a resumed run commits much again."""
+    try:
+        return path.stat().st_size == size and digest(path) == checksum
+    except OSError:
+        return False
 
 
 def _flush(path: Path) -> None:

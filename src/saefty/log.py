@@ -1,7 +1,7 @@
 """The command line's log handler and its one progress display; the library only reports to them.
 
-Long loops call `progress(...)` and advance it. Nothing is shown unless the command line has switched
-the display on, so a notebook, a test or a job's log file never sees a bar.
+Long loops call `progress(...)` and advance it. Nothing is shown unless the command line has
+switched the display on, so a notebook, a test or a job's log file never sees a bar.
 """
 
 import logging

@@ -74,6 +74,7 @@ class Trainee:
         self.n_steps = n_steps
         self.dead_after = dead_after
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+        self.fused = torch.device(device).type in {"cpu", "cuda"}
         # W_enc is trained by latents, as it lies in memory; this parameter is the same memory.
         self.parameters = {
             name: nn.Parameter(value.data.T if name == "W_enc" else value.data)
@@ -85,7 +86,7 @@ class Trainee:
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            fused=torch.device(device).type in ("cpu", "cuda"),
+            fused=self.fused,
         )
 
     @property
@@ -192,6 +193,7 @@ class Trainee:
         self.load_weights(tensors)
         self.since_fired.copy_(tensors["since_fired"])
         for name, parameter in self.parameters.items():
-            memory = {"step": tensors[f"{name}.step"]}
+            # The fused optimiser counts its steps beside the weights, the plain one on the CPU.
+            memory = {"step": tensors[f"{name}.step"].to(device if self.fused else "cpu")}
             memory |= {m: tensors[f"{name}.{m}"].to(device) for m in ADAM_MOMENTS}
             self.adam.state[parameter] = memory

@@ -8,24 +8,24 @@ A row's bytes therefore depend on the plan and never on where an earlier run sto
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from saefty import fsio
 from saefty.config import Config
-from saefty.errors import ConfigError, InputError, NumericError
+from saefty.errors import InputError, NumericError
 from saefty.log import progress
 from saefty.models.base import ModelAdapter, TokenizedExample
 from saefty.models.batching import DEFAULT_TOKEN_BUDGET, plan_batches
-from saefty.records import ROLES, Example, Message, Site
+from saefty.records import ROLES, Example, Site, example_record
 from saefty.runs import Ledger
 from saefty.stores.activations import ROW_COLUMNS, RowTable
 from saefty.stores.base import piece_ranges
@@ -53,6 +53,14 @@ class PoolingSection(Config):
     span: tuple[int, int] | None = None
     """Token positions [start, end) of `span_mean`, BOS counted as 0."""
 
+    @model_validator(mode="after")
+    def _span_of_span_mean(self) -> "PoolingSection":
+        if self.name == "span_mean" and self.span is None:
+            raise ValueError("span_mean needs span=[start,end), but none is given")
+        if self.span is not None and not 0 <= self.span[0] < self.span[1]:
+            raise ValueError(f"span is [start, end) with 0 <= start < end, not {list(self.span)}")
+        return self
+
 
 class SaveSection(Config):
     """How the store is cut into files."""
@@ -63,6 +71,9 @@ class SaveSection(Config):
 
 class ReadingSection(Config):
     """How a model is read over a dataset; shared by `extract` and `encode`."""
+
+    SECTION: ClassVar[str] = "extract"
+    """The section's name in the configuration, for messages."""
 
     hook_point: Literal[
         "resid_pre", "post_attn_resid", "post_attn_ln", "resid_post", "attn_out", "mlp_out"
@@ -123,12 +134,6 @@ class Reading:
     plan: Plan
     ledger: Ledger
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that the plan reads."""
-        planned = (i for piece in self.plan.pieces for batch in piece for i in batch)
-        return sum(len(self.items[i].ids) for i in planned)
-
     def records(self) -> list[dict[str, Any]]:
         """Return the example table: one record an example that came in, in order."""
         return [
@@ -141,38 +146,6 @@ class Reading:
             }
             for item, status in zip(self.items, self.statuses, strict=True)
         ]
-
-
-def example_record(example: Example) -> dict[str, Any]:
-    """Return an example as JSON values."""
-    turns = example.messages
-    return {
-        "example_id": example.id,
-        "prompt": example.prompt,
-        "response": example.response,
-        "messages": None if turns is None else [[turn.role, turn.content] for turn in turns],
-        "image": example.image,
-        "label": example.label,
-        "group": example.group,
-        "source": example.source,
-        "raw": example.raw,
-    }
-
-
-def example_from(record: Mapping[str, Any]) -> Example:
-    """Return the example that `example_record` wrote."""
-    turns = record["messages"]
-    return Example(
-        id=record["example_id"],
-        prompt=record["prompt"],
-        response=record["response"],
-        messages=None if turns is None else tuple(Message(*turn) for turn in turns),
-        image=record["image"],
-        label=record["label"],
-        group=record["group"],
-        source=record["source"],
-        raw=record["raw"],
-    )
 
 
 def prepare(
@@ -201,9 +174,8 @@ def prepare(
     if not ledger.ok:
         raise InputError(
             f"none of the {len(items)} examples can be read by {model.name}: "
-            f"{dict(ledger.skipped)}.",
-            then=f"The model reads up to {model.max_length} tokens; set extract.truncate=right to "
-            "shorten longer texts, and check that data.text names a column with text.",
+            f"{', '.join(f'{n} are {reason}' for reason, n in sorted(ledger.skipped.items()))}.",
+            then=_how_to_read_more(ledger, items, model.max_length, section),
         )
     if ledger.skipped:
         log.warning("%d of %d examples are left out: %s", counts.total(), len(items), ledger)
@@ -247,7 +219,30 @@ def read_pieces(
             for batch in batches:
                 parts.update(_read_batch(model, reading.items, batch, sites, section.pooling))
                 bar.advance(sum(len(reading.items[i].ids) for i in batch))
-            yield _assemble(index, parts, reading.items, sites, section.nonfinite)
+            yield _assemble(index, parts, reading.items, sites, section)
+
+
+def count_masked(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return for each layer the rows that were dropped from a store because they were not finite.
+
+    Raises:
+        NumericError: If no row is left.
+    """
+    masked: Counter[str] = Counter()
+    rows = 0
+    for record in records:
+        masked.update(record["masked"])
+        rows += record["rows"]
+    if not rows:
+        raise NumericError(
+            f"no row is left: all were NaN or infinite ({_by_layer(masked)}).",
+            then="Set model.dtype=bfloat16 or float32, with run.dir on a new folder.",
+        )
+    return dict(masked)
+
+
+def _by_layer(masked: Mapping[str, int]) -> str:
+    return ", ".join(f"layer {layer}: {n} rows" for layer, n in masked.items())
 
 
 def kept_tokens(item: TokenizedExample, pooling: PoolingSection) -> Bool[np.ndarray, "tokens"]:
@@ -257,8 +252,7 @@ def kept_tokens(item: TokenizedExample, pooling: PoolingSection) -> Bool[np.ndar
     if pooling.name == "eos":
         return positions == len(item.ids) - 1
     if pooling.name == "span_mean":
-        if pooling.span is None:
-            raise ConfigError("extract.pooling.span: required with span_mean, but not given")
+        assert pooling.span is not None  # the configuration has one
         return (positions >= pooling.span[0]) & (positions < pooling.span[1])
     if pooling.name == "last_k_mean":
         chosen = np.zeros(len(item.ids), dtype=bool)
@@ -268,6 +262,26 @@ def kept_tokens(item: TokenizedExample, pooling: PoolingSection) -> Bool[np.ndar
         image = np.flatnonzero(item.roles == ROLES.index("image"))
         return text & (positions > (image[-1] if len(image) else -1))
     return ~item.special
+
+
+def _how_to_read_more(
+    ledger: Ledger, items: Sequence[TokenizedExample], max_length: int, section: ReadingSection
+) -> str:
+    steps = []
+    if ledger.skipped["too_long"]:
+        longest = max(len(item.ids) for item in items)
+        steps.append(
+            f"The model reads up to {max_length} tokens, and the longest text has {longest}: set "
+            f"{section.SECTION}.truncate=right to drop the ends of long texts."
+        )
+    if ledger.skipped["empty"]:
+        steps.append(
+            "Check that data.text (or data.prompt, data.response) names a column with text."
+        )
+    if ledger.skipped["no_tokens"]:
+        span = f" (span {section.pooling.span})" if section.pooling.name == "span_mean" else ""
+        steps.append(f"Check {section.SECTION}.pooling: it keeps no token of these texts{span}.")
+    return " ".join(steps)
 
 
 def _plan(
@@ -353,7 +367,7 @@ def _assemble(
     parts: Mapping[int, tuple[RowTable, Mapping[Site, Tensor]]],
     items: Sequence[TokenizedExample],
     sites: Sequence[Site],
-    nonfinite: str,
+    section: ReadingSection,
 ) -> Piece:
     """Put the examples of a piece back into dataset order and look for NaN and infinity."""
     order = sorted(parts)
@@ -367,13 +381,14 @@ def _assemble(
         good = np.logical_and.reduce(list(finite.values()))
         bad = sorted({int(i) for i in rows["example"][~good]})
         shown = ", ".join(items[i].example.id for i in bad[:SHOWN_IDS])
-        where = ", ".join(f"layer {layer}: {n} rows" for layer, n in masked.items())
-        if nonfinite == "stop":
+        where = _by_layer(masked)
+        if section.nonfinite == "stop":
             raise NumericError(
                 f"activations are NaN or infinite ({where}), first in examples {shown}.",
                 safe="The pieces before this one are committed.",
-                then="Set model.dtype=bfloat16 or float32 if the model overflows in float16, or "
-                "extract.nonfinite=mask to drop these rows and count them.",
+                then="With run.dir on a new folder, set model.dtype=bfloat16 or float32 if the "
+                f"model overflows in float16, or {section.SECTION}.nonfinite=mask to drop such "
+                "rows and count them.",
             )
         log.warning("dropped rows that are not finite (%s), in examples %s", where, shown)
         rows = {name: column[good] for name, column in rows.items()}

@@ -1,7 +1,9 @@
 """The values that travel between floors: an example, a place in a model, a stretch of tokens."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from saefty.errors import ConfigError
 
@@ -109,3 +111,35 @@ class Span:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"a span's role is one of {', '.join(ROLES)}, not {self.role!r}")
+
+
+def example_record(example: Example) -> dict[str, Any]:
+    """Return an example as JSON values."""
+    turns = example.messages
+    return {
+        "example_id": example.id,
+        "prompt": example.prompt,
+        "response": example.response,
+        "messages": None if turns is None else [[turn.role, turn.content] for turn in turns],
+        "image": example.image,
+        "label": example.label,
+        "group": example.group,
+        "source": example.source,
+        "raw": example.raw,
+    }
+
+
+def example_from(record: Mapping[str, Any]) -> Example:
+    """Return the example that `example_record` wrote."""
+    turns = record["messages"]
+    return Example(
+        id=record["example_id"],
+        prompt=record["prompt"],
+        response=record["response"],
+        messages=None if turns is None else tuple(Message(*turn) for turn in turns),
+        image=record["image"],
+        label=record["label"],
+        group=record["group"],
+        source=record["source"],
+        raw=record["raw"],
+    )

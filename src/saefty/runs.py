@@ -112,10 +112,11 @@ class Run:
         self._lock = FolderLock(folder)
 
     def __enter__(self) -> "Run":
+        if self.folder.is_dir() and not (self.folder / LOCK).exists():
+            self._refuse_foreign_folder()  # before a lock file is put into it
         self._lock.acquire()
         try:
-            swept = fsio.remove_temporaries(self.folder)
-            self._start_or_resume(swept)
+            self._start_or_resume()
         except BaseException:
             self._lock.release()
             raise
@@ -153,12 +154,13 @@ class Run:
         fsio.commit_sealed(self.folder / FINISHED, record)
         log.info("%s: %s", self.stage, self.ledger)
 
-    def _start_or_resume(self, swept: int) -> None:
+    def _start_or_resume(self) -> None:
         path = self.folder / METADATA
+        self._refuse_foreign_folder()
+        swept = fsio.remove_temporaries(self.folder)
         if path.exists():
             self._check_same(fsio.read_sealed(path))
         else:
-            self._refuse_foreign_folder()
             fsio.commit_sealed(path, {**self._facts, **_circumstances()})
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -179,8 +181,14 @@ class Run:
             )
 
     def _refuse_foreign_folder(self) -> None:
-        foreign = sorted(p.name for p in self.folder.iterdir() if p.name != LOCK)
-        if foreign:
+        held = {path.name for path in self.folder.iterdir()}
+        # A run that was killed at once leaves no more than its lock and half of its metadata.
+        foreign = sorted(
+            name
+            for name in held - {LOCK}
+            if not (name.startswith(fsio.TEMP_PREFIX) and name.endswith(METADATA))
+        )
+        if foreign and METADATA not in held:
             raise ConfigError(
                 f"{self.folder} is not empty and holds no run: {', '.join(foreign[:5])}.",
                 safe="Nothing in it was touched.",
@@ -241,6 +249,9 @@ def run_folder(section: RunSection, kind: str) -> Path:
     """Return the folder of a run: `run.dir`, else `<root>/<kind>/<id>` with a fresh id.
 
     Ids are unique even when many processes start within one second.
+
+    Raises:
+        ConfigError: If the folder cannot be made.
     """
     if section.dir is not None:
         return section.dir

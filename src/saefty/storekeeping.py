@@ -6,7 +6,7 @@ from typing import Any
 
 from saefty import fsio
 from saefty.config import build_config
-from saefty.errors import ConfigError, IntegrityError
+from saefty.errors import ConfigError, InputError, IntegrityError, UnknownNameError
 from saefty.runs import METADATA, Run, read_metadata
 from saefty.stages import encode, extract
 from saefty.stages.base import Outcome
@@ -22,8 +22,13 @@ def open_store(folder: Path) -> StoreReader:
     """Open a store of either kind.
 
     Raises:
+        UnknownNameError: If there is no such folder.
         IntegrityError: If the folder holds no complete store.
     """
+    if not folder.is_dir():
+        raise UnknownNameError(
+            f"there is no folder {folder}.", then="saefty store list FOLDER shows the stores below."
+        )
     path = folder / MANIFEST
     kind = fsio.read_sealed(path).get("kind") if path.exists() else "activations"
     return FeatureStore(folder) if kind == "features" else ActivationStore(folder)
@@ -49,8 +54,11 @@ def repair_store(folder: Path) -> Outcome:
 
     Raises:
         ConfigError: If the folder holds no run that can be repeated.
+        UnknownNameError: If there is no such folder.
     """
     if not (folder / METADATA).exists():
+        if not folder.is_dir():
+            raise UnknownNameError(f"there is no folder {folder}.")
         raise ConfigError(
             f"{folder} cannot be repaired: it has no {METADATA} that says how it was made.",
             then="Make the store again, or restore it from a copy.",
@@ -62,7 +70,12 @@ def repair_store(folder: Path) -> Outcome:
         return extract.run(build_config(extract.ExtractConfig, tree))
     if facts["stage"] == "encode":
         return encode.run(build_config(encode.EncodeConfig, tree))
-    raise ConfigError(f"{folder} is a run of {facts['stage']}, which has no store to repair.")
+    if facts["stage"] == "import":
+        return import_store(Path(tree["import"]["source"]), folder, tree["import"]["hook_point"])
+    raise ConfigError(
+        f"{folder} is a run of {facts['stage']}, which has no store to repair.",
+        then="Name the folder of a run of extract, encode or store import.",
+    )
 
 
 def export_store(folder: Path, out: Path) -> list[Path]:
@@ -78,9 +91,25 @@ def export_store(folder: Path, out: Path) -> list[Path]:
 
 
 def import_store(source: Path, folder: Path, hook_point: str = "resid_post") -> Outcome:
-    """Make a store of `.npz` files."""
-    config = {"run": {"dir": str(folder)}, "import": {"source": str(source)}}
-    with Run(folder, "import", config) as current:
+    """Make a store of `.npz` files.
+
+    Raises:
+        InputError: If there are no such files.
+    """
+    files = sorted(source.glob("*.npz"))
+    if not files:
+        raise InputError(
+            f"{source} holds no .npz files."
+            if source.is_dir()
+            else f"there is no folder {source}.",
+            then="Name a folder of layer_<i>_shard_<n>.npz files.",
+        )
+    config = {
+        "run": {"dir": str(folder)},
+        "import": {"source": str(source), "hook_point": hook_point},
+    }
+    inputs = {"files": {path.name: fsio.digest(path) for path in files}}
+    with Run(folder, "import", config, inputs) as current:
         import_npz(source, folder, hook_point)
         store = ActivationStore(folder)
         current.ledger.ok = store.n_rows

@@ -125,6 +125,7 @@ class TensorFile:
         try:
             entry = self._entries[name]
             begin, end = (self._start + offset for offset in entry["data_offsets"])
-            return self._bytes[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            kind: np.dtype[np.generic] = _DTYPES[entry["dtype"]]
+            return self._bytes[begin:end].view(kind).reshape(entry["shape"])
         except (KeyError, ValueError, TypeError) as error:
             raise IntegrityError(f"{self.path} is damaged at {name!r}: {error}") from None

@@ -22,6 +22,7 @@ from torch import Tensor
 from saefty import fsio
 from saefty.checkpoints import (
     Checkpoint,
+    best_weights,
     latest_checkpoint,
     load_tensors,
     remove_checkpoints,
@@ -121,9 +122,10 @@ def train_saes(
     trained = []
     for layer in layers:
         folders = [Path(folder) / _name(layer, config, len(configs) > 1) for config in configs]
+        state = Path(folder) / CHECKPOINTS / f"layer_{layer}"
         if not all((path / METRICS).is_file() for path in folders):
-            state = Path(folder) / CHECKPOINTS / f"layer_{layer}"
             _Pass(source, layer, sae, train, optimizer, split, folders, state, metadata or {}).run()
+        remove_checkpoints(state)
         trained += [
             TrainedSae(path, layer, config, fsio.read_json(path / METRICS))
             for path, config in zip(folders, configs, strict=True)
@@ -214,9 +216,6 @@ class _Pass:
                     )  # fmt: skip
         for pupil in self.pupils:
             self._finish(pupil, step)
-        remove_checkpoints(self.state)
-        for path in self.state.glob("best_*.safetensors"):
-            path.unlink(missing_ok=True)
 
     def _begin(self) -> Cursor:
         keep, seed = self.split.train, self.train.seed
@@ -308,7 +307,7 @@ class _Pass:
         return [pupil for pupil in self.pupils if pupil.stopping.stopped_at is None]
 
     def _best(self, pupil: _Pupil) -> Path:
-        return self.state / f"best_{self.pupils.index(pupil)}.safetensors"
+        return best_weights(self.state, self.pupils.index(pupil))
 
     def _scaled_held_out(self) -> Float[Tensor, "rows d_in"]:
         rows = held_out_rows(self.source, self.layer, self.size, self.split.held_out)

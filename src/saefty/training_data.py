@@ -8,7 +8,7 @@ interrupted training has to remember of it.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from saefty.records import Site
 SEEDS_PER_RUN = 1_000_003
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Where activations come from: an activation store, or rows in memory."""
 

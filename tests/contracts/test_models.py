@@ -245,6 +245,18 @@ def test_nested_edits_apply_from_the_outside_in(model, batch):
     torch.testing.assert_close(after, (before + 1) * 2)
 
 
+def test_an_outer_edit_of_the_output_comes_behind_an_inner_one_within_the_block(model, batch):
+    """What the model computes first is edited first, in whatever order the contexts nest."""
+    between, after = Site(1, "post_attn_resid"), Site(1)
+    with model.intervene(between, lambda x, positions: x + 1):
+        inner = model.capture(batch, [after])[after]
+    with (
+        model.intervene(after, lambda x, positions: x * 2),
+        model.intervene(between, lambda x, positions: x + 1),
+    ):
+        torch.testing.assert_close(model.capture(batch, [after])[after], inner * 2)
+
+
 def test_an_edit_in_place_does_not_reach_back(model, batch):
     """A block's input is the last block's output: writing into it must not change that one."""
     before = model.capture(batch, [Site(0)])[Site(0)]

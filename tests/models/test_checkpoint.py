@@ -63,6 +63,13 @@ def test_a_missing_folder_is_named(read, name):
     assert "Set model.name" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_says_both(name):
+    with pytest.raises(InputError, match="neither a folder here nor readable on the hub") as error:
+        inspect_model(name)
+    assert "HF_TOKEN" in str(error.value)
+
+
 @pytest.mark.parametrize("read", [inspect_model, load_model])
 def test_a_folder_without_a_model_says_what_it_holds(tmp_path, read):
     (tmp_path / "notes.txt").write_text("hello")

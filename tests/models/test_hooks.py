@@ -46,6 +46,12 @@ def test_the_blocks_are_the_list_with_the_right_length():
     assert find_blocks(model, 3) is model.layers
 
 
+def test_experts_inside_a_block_are_not_blocks():
+    model = nested(layers=2)
+    model.layers[0] = nested(experts=2)
+    assert find_blocks(model, 2) is model.layers
+
+
 def test_a_vision_tower_of_equal_depth_is_passed_over():
     model = nested(vision_layers=3, layers=3)
     assert find_blocks(model, 3) is model.layers

@@ -72,6 +72,13 @@ def test_chats_give_the_tokens_of_the_template(family):
     assert encode([Example("a", "Hi there")])[0].ids.tolist() == theirs
 
 
+def test_a_template_that_writes_no_bos_is_not_given_one():
+    encode = encoder("llama")
+    encode.tokenizer.chat_template = tiny_models.QWEN_TEMPLATE
+    assert encode([Example("a", "the dog", raw=True)])[0].ids[0] == encode.bos
+    assert encode.bos not in encode([Example("a", "the dog", "jumps")])[0].ids
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_each_role_covers_what_was_written_in_it(family):
     turns = (

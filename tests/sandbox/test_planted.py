@@ -13,7 +13,7 @@ from saefty.sandbox.planted import (
 )
 from saefty.training import OptimizerSection, TrainSection, train_saes
 
-SMALL = PlantedDictionary(n_features=64, d_in=32, active=3, rarity=0.3)
+SMALL = PlantedDictionary(n_features=64, d_in=32, active=3.0, rarity=0.3)
 
 
 def test_features_are_unit_vectors():
@@ -21,7 +21,7 @@ def test_features_are_unit_vectors():
 
 
 def test_a_row_is_its_features_times_their_amounts_and_the_mean():
-    world = PlantedDictionary(n_features=8, d_in=4, active=2, noise=0)
+    world = PlantedDictionary(n_features=8, d_in=4, active=2.0, noise=0.0)
     np.testing.assert_allclose(
         world.sample(50, 3), world.codes(50, 3) @ world.features + world.mean, rtol=1e-5
     )
@@ -34,14 +34,16 @@ def test_rows_hold_as_many_features_as_asked_for_on_average():
 
 
 def test_dense_features_are_nearly_always_there_and_dead_ones_never():
-    world = PlantedDictionary(n_features=20, d_in=16, active=2, n_dense=2, n_dead=3)
+    world = PlantedDictionary(n_features=20, d_in=16, active=2.0, n_dense=2, n_dead=3)
     rate = (world.codes(5000) > 0).mean(axis=0)
     assert (rate[15:17] > 0.9).all()
     assert (rate[17:] == 0).all()
 
 
 def test_features_of_one_group_appear_together():
-    world = PlantedDictionary(n_features=40, d_in=16, active=4, groups=4, together=0.8, rarity=0)
+    world = PlantedDictionary(
+        n_features=40, d_in=16, active=4.0, groups=4, together=0.8, rarity=0.0
+    )
     present = world.codes(20_000) > 0
     correlation = np.corrcoef(present.T)
     group = np.arange(40) % 4

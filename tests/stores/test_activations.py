@@ -128,7 +128,9 @@ def test_a_truncated_missing_or_swapped_shard_is_named(tmp_path):
     second.write_bytes(bytes_1)
     damage = store.verify()
     assert len(damage) == 2
-    assert all("is damaged" in line and "saefty store repair" in line for line in damage)
+    assert all("is damaged" in line for line in damage)
+    with pytest.raises(IntegrityError, match="saefty store repair"):
+        list(store.batches(0, 4))
 
 
 def test_a_store_without_a_manifest_is_not_complete(tmp_path):

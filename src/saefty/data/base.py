@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator
+
 from saefty.config import Config
 from saefty.errors import InputError
 from saefty.records import Example, Message
@@ -20,8 +22,8 @@ log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 GUESSED_COLUMNS = {"messages": "messages", "prompt": "prompt", "text": "text"}
-TRUE_WORDS = frozenset({"true", "1", "yes", "harmful"})
-FALSE_WORDS = frozenset({"false", "0", "no", "harmless", "benign"})
+TRUE_WORDS = frozenset({"true", "1", "1.0", "yes", "harmful"})
+FALSE_WORDS = frozenset({"false", "0", "0.0", "no", "harmless", "benign"})
 
 
 class DataSection(Config):
@@ -71,8 +73,17 @@ class DataSection(Config):
     harmful: tuple[str, ...] | None = None
     """Values of the label column that mean harmful; all other values mean harmless."""
 
-    limit: int | None = None
+    limit: int | None = Field(default=None, gt=0)
     """Read at most this many rows; None reads all."""
+
+    @field_validator("harmful", mode="before")
+    @classmethod
+    def _as_words(cls, given: object) -> object:
+        """Accept one value for a list of one, and numbers and truth values for what they spell."""
+        if given is None or isinstance(given, dict):
+            return given
+        values = given if isinstance(given, list | tuple) else [given]
+        return tuple(_word(value) for value in values)
 
 
 DATASETS: Registry[Callable[[DataSection], Iterator[Record]]] = Registry("dataset", "saefty.data")
@@ -85,7 +96,7 @@ def load_examples(section: DataSection) -> list[Example]:
         InputError: If it is empty, a named column is missing, a label cannot be understood, or ids
             repeat.
     """
-    records = []
+    records: list[Record] = []
     for record in DATASETS[section.name](section):
         if section.limit is not None and len(records) >= section.limit:
             break
@@ -96,6 +107,8 @@ def load_examples(section: DataSection) -> list[Example]:
             f"{where} holds no examples: 0 rows.", then="Check data.path and data.split."
         )
     columns = _columns(section, records[0], where)
+    if section.harmful is not None and "label" in columns:
+        _check_harmful((record.get(columns["label"]) for record in records), section, where)
     examples = [_example(record, columns, section, i) for i, record in enumerate(records)]
     _check_ids(examples, where)
     return examples
@@ -135,17 +148,20 @@ def _listed(record: Record) -> str:
 def _example(record: Record, columns: Mapping[str, str], section: DataSection, row: int) -> Example:
     def cell(role: str) -> Any:
         value = record.get(columns[role]) if role in columns else None
-        return None if value is None or value == "" else value
+        missing = value is None or value == "" or (isinstance(value, float) and value != value)
+        return None if missing else value
 
     def text(role: str) -> str | None:
         value = cell(role)
         if value is not None and not isinstance(value, str):
-            if isinstance(value, list | dict):
+            if isinstance(value, list | dict | bytes):
                 raise InputError(
                     f"row {row}: column {columns[role]!r} (data.{role}) holds a "
                     f"{type(value).__name__}, not text."
                 )
             return str(value)
+        if value is not None and not value.isascii():
+            _check_writable(value, f"row {row}: column {columns[role]!r} (data.{role})")
         return value
 
     messages = _messages(cell("messages"), row) if "messages" in columns else None
@@ -166,10 +182,24 @@ def _example(record: Record, columns: Mapping[str, str], section: DataSection, r
 def _messages(value: Any, row: int) -> tuple[Message, ...]:
     try:
         turns = json.loads(value) if isinstance(value, str) else value
-        return tuple(Message(str(turn["role"]), str(turn["content"])) for turn in turns or ())
+        read = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in turns or ())
     except (TypeError, KeyError, ValueError):
         raise InputError(
             f"row {row}: data.messages needs a list of {{role, content}}, but found {value!r:.80}."
+        ) from None
+    for turn in read:
+        _check_writable(turn.role + turn.content, f"row {row}: data.messages")
+    return read
+
+
+def _check_writable(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no file or tokenizer can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} holds {text[error.start]!r} at character {error.start}: half of a character.",
+            then="Write the text again from its source; it was cut within a character.",
         ) from None
 
 
@@ -177,7 +207,7 @@ def _label(value: Any, section: DataSection, row: int) -> bool | None:
     if value is None or (isinstance(value, float) and value != value):
         return None
     if section.harmful is not None:
-        return str(value) in section.harmful
+        return _word(value) in section.harmful
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     word = str(value).strip().lower()
@@ -187,6 +217,32 @@ def _label(value: Any, section: DataSection, row: int) -> bool | None:
         f"row {row}: the label {value!r} is neither harmful nor harmless.",
         then=f"Say which values are harmful, for example data.harmful='[{value}]'.",
     )
+
+
+def _word(value: Any) -> str:
+    """Return how a label is written in `data.harmful`: the same for 1, 1.0 and "1"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _check_harmful(values: Iterable[Any], section: DataSection, where: str) -> None:
+    """Refuse values of `data.harmful` that never occur: a misspelt one would make all harmless."""
+    wanted = section.harmful or ()
+    seen = Counter(_word(value) for value in values if value is not None and value != "")
+    absent = [word for word in wanted if word not in seen]
+    if not seen or not absent:
+        return
+    found = ", ".join(f"{word!r} ({n})" for word, n in seen.most_common(10))
+    if len(absent) == len(wanted):
+        raise InputError(
+            f"no label of {where} is one of data.harmful={list(wanted)}; its labels are {found}."
+            f"{nearest(absent[0], list(seen))}",
+            then="Set data.harmful to the values that mean harmful.",
+        )
+    log.warning("%s has no label %s; its labels are %s", where, ", ".join(absent), found)
 
 
 def _check_ids(examples: Iterable[Example], where: str) -> None:

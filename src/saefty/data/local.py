@@ -4,8 +4,10 @@ Text is UTF-8, with or without a byte-order mark. A line that cannot be read is 
 it; nothing is skipped silently.
 """
 
+import codecs
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +31,13 @@ def local(section: DataSection) -> Iterator[Record]:
         )
     if not path.is_file():
         raise InputError(f"there is no file {path}.", then="Set data.path to a file that exists.")
-    yield from reader(path)
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}.",
+            then="Check the file's permissions.",
+        ) from None
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -41,7 +49,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    rows = _parsed(_decoded(path.read_bytes(), path, 1), str(path))
+    data = path.read_bytes()
+    rows = _parsed(_decoded(data, path, 1), str(path)) if data.strip() else []
     if not isinstance(rows, list):
         raise InputError(
             f"{path} holds a {type(rows).__name__}, but a list of objects is wanted.",
@@ -61,12 +70,21 @@ def _csv(path: Path) -> Iterator[Record]:
     )
     reader = csv.DictReader(lines, strict=True)
     try:
+        twice = [name for name, n in Counter(reader.fieldnames or ()).items() if n > 1]
+        if twice:
+            raise InputError(
+                f"{path}: the header names the column {twice[0]!r} more than once.",
+                then="Give every column a name of its own.",
+            )
         for row in reader:
             if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                found = sum(cell is not None for cell in row.values()) - (None in row)
+                found += len(row.get(None, ()))
                 raise InputError(
-                    f"{path}, line {reader.line_num}: this row does not have the "
-                    f"{len(reader.fieldnames or ())} cells of the header.",
-                    then="Put cells that hold commas in quotes.",
+                    f"{path}, line {reader.line_num}: this row has {found} cells, but the header "
+                    f"has {wanted}.",
+                    then="Put cells that hold commas in quotes, or write the data as JSONL.",
                 )
             yield row
     except csv.Error as error:
@@ -89,8 +107,10 @@ def _decoded(data: bytes, path: Path, line: int) -> str:
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        utf16 = line == 1 and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         raise InputError(
-            f"{path}, line {line}: byte {error.start} is not UTF-8 ({data[error.start]:#04x}).",
+            f"{path}, line {line}: byte {error.start} is not UTF-8 "
+            f"({error.object[error.start]:#04x}){'; the file seems to be UTF-16' * utf16}.",
             then="Save the file as UTF-8.",
         ) from None
 

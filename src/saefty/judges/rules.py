@@ -41,8 +41,8 @@ REFUSALS: Mapping[str, str] = {
     r"|\bje (?:refuse|dois (?:refuser|décliner))\b|\bil m'est impossible\b"
     r"|\bje ne suis pas (?:en mesure|autorisée?|capable)\b"
     r"|^\W*(?:je suis )?désolée?\b[^.!?]{0,40}\b(?:pas|impossible|refuse)\b",
-    "de": r"\b(?:ich (?:kann|darf|werde|möchte)|(?:damit|dabei|das|hier|leider) (?:kann|darf|werde) ich)\b"
-    r"[^.!?]{0,60}\b(?:nicht|keine?n?)\b"
+    "de": r"\b(?:ich (?:kann|darf|werde|möchte)|"
+    r"(?:damit|dabei|das|hier|leider) (?:kann|darf|werde) ich)\b[^.!?]{0,60}\b(?:nicht|keine?n?)\b"
     r"|\bich (?:muss|möchte)\b[^.!?]{0,30}\bablehnen\b|\bich lehne\b[^.!?]{0,40}\bab\b"
     r"|\bich bin nicht (?:in der lage|befugt|berechtigt)\b|\bich weigere mich\b"
     r"|^\W*(?:es tut mir leid|tut mir leid|entschuldigung)\b[^.!?]{0,40}\b(?:nicht|keine?n?)\b",

@@ -8,7 +8,7 @@ does all of it with dense torch and is the oracle; the others must agree with it
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -88,6 +88,7 @@ class SparseCode:
         return cls(values[fires], indices[fires], offsets)
 
 
+@runtime_checkable
 class SparseKernels(Protocol):
     """The arithmetic of sparse codes; W_enc is [d_in, d_sae], W_dec is [d_sae, d_in].
 
@@ -166,6 +167,23 @@ def affine(
     back-end has one place to act, and never becomes a global setting of torch.
     """
     return torch.addmm(b, x, W, out=out) if out is not None else torch.addmm(b, x, W)
+
+
+def largest(
+    pre: Float[Tensor, "rows d_sae"], k: int
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """Return the k largest of each row, descending; of equal positive values the lower index first.
+
+    `torch.topk` is free to choose among equal values, so rows where that could matter (two equal
+    neighbours among the k + 1 largest) are sorted stably instead. They are rare.
+    """
+    values, indices = pre.topk(min(k + 1, pre.shape[1]), dim=1)
+    tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)).any(dim=1)
+    if bool(tied.any()):
+        exact = torch.sort(pre[tied], dim=1, descending=True, stable=True)
+        values[tied] = exact.values[:, : values.shape[1]]
+        indices[tied] = exact.indices[:, : values.shape[1]]
+    return values[:, :k], indices[:, :k]
 
 
 def choose_kernels(device: torch.device | str) -> SparseKernels:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from saefty.kernels.base import KERNELS, SparseCode, affine
+from saefty.kernels.base import KERNELS, SparseCode, affine, largest
 
 CHUNK_ROWS = 256
 SUM_MODE = 0
@@ -125,23 +125,6 @@ class TorchSparse:
             mode="sum",
             per_sample_weights=weights[order],
         )
-
-
-def largest(
-    pre: Float[Tensor, "rows d_sae"], k: int
-) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """Return the k largest of each row, descending; of equal positive values the lower index first.
-
-    `torch.topk` is free to choose among equal values, so rows where that could matter (two equal
-    neighbours among the k + 1 largest) are sorted stably instead. They are rare.
-    """
-    values, indices = pre.topk(min(k + 1, pre.shape[1]), dim=1)
-    tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)).any(dim=1)
-    if bool(tied.any()):
-        exact = torch.sort(pre[tied], dim=1, descending=True, stable=True)
-        values[tied] = exact.values[:, : values.shape[1]]
-        indices[tied] = exact.indices[:, : values.shape[1]]
-    return values[:, :k], indices[:, :k]
 
 
 def _chunks(

@@ -48,13 +48,17 @@ class Layout:
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     """Return the list of decoder blocks: the ModuleList that is `n_layers` long.
 
+    Lists inside another list (the experts of a block) are not looked at, and of two the one that is
+    not part of a vision tower is taken.
+
     Raises:
         MismatchError: If no list, or more than one outside a vision tower, has that length.
     """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     found = {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        for name, module in lists.items()
+        if len(module) == n_layers and not any(name.startswith(f"{outer}.") for outer in lists)
     }
     text = {name: module for name, module in found.items() if "vision" not in name} or found
     if len(text) != 1:

@@ -55,12 +55,14 @@ def draw(data: FiringStats, figure: Canvas) -> None:
     ax.minorticks_off()
     ax.set_ylim(0, max(int(counts.max()), dead, always, 1) * 1.1)
     ax.grid(axis="x", visible=False)
-    ax.set_xlabel(f"firing rate: share of {tokens:,} tokens on which a latent is above 0")
+    ax.set_xlabel(
+        f"firing rate: share of {tokens:,} token{'s'[: tokens - 1]} on which a latent is above 0"
+    )
     ax.set_ylabel("number of latents")
-    others = f"; the median of the others fires on {np.median(rates):.2%}" if len(rates) else ""
+    typical = f", median rate of those that fire {np.median(rates):.2%}" if len(rates) else ""
     ax.set_title(
         f"{latents:,} latents: {dead / latents:.1%} never fire, {always / latents:.1%} always on\n"
-        f"{data.mean_l0:.1f} fire on an average token{others}"
+        f"mean L0 {data.mean_l0:.1f}{typical}"
     )
 
 

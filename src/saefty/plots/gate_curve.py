@@ -60,7 +60,7 @@ def draw(data: GateCurve, figure: Canvas) -> None:
         ("harmless prompts, control latents gated", data.control_harmless, HARMLESS, "s", ":"),
     )
     for label, values, colour, marker, line in series:
-        _curve(top, places, values, colour, marker, line, label, scale=100)
+        _curve(top, places, values, colour, marker, line, label, scale=100.0)
     top.set_ylim(-3, 103)
     top.set_ylabel(f"{data.behaviour} (% of prompts)")
     top.set_title(_headline(data))

@@ -62,18 +62,18 @@ def draw(data: LatentRanking, figure: Canvas) -> None:
         places, rows, _colours(found, len(rows)), _markers(found, len(rows)), strict=True
     ):
         _interval(ax, place, interval, colour, marker)
-    ax.axvline(0.5, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)))
+    _mark(ax, 0.5, "chance", "--")
     ax.set_yticks(places, [name for name, _ in rows])
-    ax.set_ylim(places[-1] + 0.8, -0.8)
+    ax.set_ylim(places[-1] + 1.2, -0.8)
     ends = np.array([value for _, one in rows for value in (one.estimate, one.low, one.high)])
     ax.set_xlim(min(0.4, np.nanmin(ends) - 0.02), 1.01)
     ax.grid(axis="y", visible=False)
-    held_out = f" on {data.examples:,} held-out examples" if data.examples else ""
-    ax.set_xlabel(f"AUROC{held_out} (0.5 = chance), bars: 95% interval")
+    held_out = f", {data.examples:,} held-out examples" if data.examples else ""
+    ax.set_xlabel(f"AUROC{held_out} (bars: 95% interval)")
     ax.set_ylabel("chosen on other examples, best first")
     best = max((one.estimate for _, one in data.controls), default=np.nan)
     if not np.isnan(best):
-        ax.axvline(best, color=NEUTRAL, linewidth=1, linestyle=":")
+        _mark(ax, best, "best control", ":")
     ax.set_title(_headline(data, best))
     _legend(ax, found, bool(data.controls))
 
@@ -88,6 +88,19 @@ def _headline(data: LatentRanking, best_control: float) -> str:
         return first
     above = sum(one.low > best_control for one in found)
     return f"{first};\n{above or 'none'} of them clearly above every control"
+
+
+def _mark(ax: Axes, value: float, name: str, line: str) -> None:
+    ax.axvline(value, color=NEUTRAL, linewidth=1, linestyle=line)
+    ax.annotate(
+        name,
+        (value, 0.005),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 1),
+        textcoords="offset points",
+        color=NEUTRAL,
+        fontsize=8,
+    )
 
 
 def _interval(ax: Axes, place: float, interval: Interval, colour: str, marker: str) -> None:

@@ -1,12 +1,13 @@
 """How training went: the share of variance left unexplained, step by step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from saefty.plots.base import NEUTRAL, PLOTS, SERIES, Canvas, say_nothing_to_draw
 
@@ -29,6 +30,18 @@ class TrainingCurve:
     )
     validation: Float[np.ndarray, "checks"] = field(default_factory=lambda: np.zeros(0))
 
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> "TrainingCurve":
+        """Return the curve of the records of a `train_log.jsonl`."""
+        batches = [record for record in records if record.get("fvu") is not None]
+        checks = [record for record in records if record.get("held_out_fvu") is not None]
+        return cls(
+            np.array([record["step"] for record in batches], dtype=int),
+            np.array([record["fvu"] for record in batches], dtype=float),
+            np.array([record["step"] for record in checks], dtype=int),
+            np.array([record["held_out_fvu"] for record in checks], dtype=float),
+        )
+
 
 @PLOTS.register("loss_curve")
 def draw(data: Mapping[str, TrainingCurve], figure: Canvas) -> None:
@@ -39,7 +52,9 @@ def draw(data: Mapping[str, TrainingCurve], figure: Canvas) -> None:
         say_nothing_to_draw(ax, "No step was logged.")
         return
     for i, (name, curve) in enumerate(curves.items()):
-        _draw_one(ax, name, curve, SERIES[i % len(SERIES)], alone=len(curves) == 1)
+        # Colours come round again; the line's style tells the rounds apart.
+        look = (SERIES[i % len(SERIES)], ("-", "--", ":")[i // len(SERIES) % 3])
+        _draw_one(ax, name, curve, look, alone=len(curves) == 1)
     values = np.concatenate([np.append(one.train, one.validation) for one in curves.values()])
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) and values.max() / values.min() > 5:
@@ -49,18 +64,24 @@ def draw(data: Mapping[str, TrainingCurve], figure: Canvas) -> None:
     else:
         ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if ax.dataLim.width == 0:
+        ax.set_xlim(ax.dataLim.x0 - 1, ax.dataLim.x0 + 1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("training step")
     ax.set_ylabel("variance unexplained (FVU)")
     ax.set_title(_headline(list(curves.values())))
     figure.legend(loc="outside lower center", ncols=3)
 
 
-def _draw_one(ax: Axes, name: str, curve: TrainingCurve, colour: str, *, alone: bool) -> None:
+def _draw_one(
+    ax: Axes, name: str, curve: TrainingCurve, look: tuple[str, str], *, alone: bool
+) -> None:
     """Draw one SAE; among several its colour has a name, and batches are told by thin lines."""
+    colour, line = look
     checked = len(curve.validation) > 0
     last = curve.validation[-1] if checked else curve.train[-1]
     kind = "validation" if checked else "training batches"
-    label = f"{kind if alone else name} ({last:.1%} at the end)"
+    label = f"{kind if alone else name} ({_share(last)} at the end)"
     ax.plot(
         curve.steps,
         curve.train,
@@ -74,7 +95,8 @@ def _draw_one(ax: Axes, name: str, curve: TrainingCurve, colour: str, *, alone: 
         ax.plot(
             curve.validation_steps,
             curve.validation,
-            "-o",
+            linestyle=line,
+            marker="o",
             color=colour,
             linewidth=2.2,
             markersize=4.5,
@@ -85,7 +107,13 @@ def _draw_one(ax: Axes, name: str, curve: TrainingCurve, colour: str, *, alone: 
 def _headline(curves: list[TrainingCurve]) -> str:
     checked = all(len(curve.validation) for curve in curves)
     ends = [curve.validation[-1] if checked else curve.train[-1] for curve in curves]
+    if not np.isfinite(ends).all():
+        return "The loss is not finite at the end"
     where = "of held-out variance" if checked else "of the training batches' variance"
     if len(ends) == 1:
-        return f"{ends[0]:.1%} {where} unexplained at the end"
-    return f"{min(ends):.1%} to {max(ends):.1%} {where} unexplained at the end"
+        return f"{_share(ends[0])} {where} unexplained at the end"
+    return f"{_share(min(ends))} to {_share(max(ends))} {where} unexplained at the end"
+
+
+def _share(fvu: float) -> str:
+    return f"{fvu:.1%}" if np.isfinite(fvu) else "not finite"

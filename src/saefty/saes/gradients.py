@@ -8,8 +8,9 @@ the error e = x̂ - x of rows B by d_in, and g = 2 / (B d_in),
     dL/dW_enc[i] = sum over rows where i fires of dL/dz_i x
 
 which are sparse sums; the only dense product of a step is the encoder's. The auxiliary loss has the
-same form, with the dead latents in the place of all, and the residual in that of x. The gradients
-equal those of autograd on `SparseAutoencoder.loss`. Other architectures use that autograd.
+same form, with the dead latents in the place of all, and the residual in that of x; few dead
+latents are multiplied densely. The gradients equal those of autograd on `SparseAutoencoder.loss`.
+Other architectures use that autograd.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefty.kernels.base import SparseCode, SparseKernels
+from saefty.kernels.base import SparseCode, SparseKernels, affine
 from saefty.saes.base import SparseAutoencoder
+
+DENSE_UP_TO = 4
+"""Where at most this many times aux_k latents are dead, dense products are faster (measured)."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,42 @@ def _sparse(
     gradients["b_dec"] = error.sum(dim=0) * scale
     loss = squared / x.numel()
     if len(dead) and sae.aux_k and sae.config.aux_weight:
-        W_dec = sae.W_dec[dead]
-        aux = kernels.topk(x, sae.W_enc.T[dead].T, sae.b_enc[dead], min(sae.aux_k, len(dead)))
         # The residual -error is held constant: only the dead latents learn to explain it.
-        rest = kernels.decode(aux, W_dec) + error
-        weight = sae.config.aux_weight
-        for name, gradient in _code_gradients(kernels, aux, x, rest, W_dec, scale * weight).items():
-            gradients[name][dead] += gradient
-        loss = loss + weight * rest.square().mean()
+        auxiliary, gradient = _auxiliary(sae, x, error, dead, kernels)
+        loss = loss + auxiliary
+        for name, value in gradient.items():
+            gradients[name][dead] += value
     return Step(gradients, code, loss, squared)
+
+
+def _auxiliary(
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "rows d_in"],
+    error: Float[Tensor, "rows d_in"],
+    dead: Int[Tensor, "dead"],
+    kernels: SparseKernels,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Return the auxiliary loss and its gradients for the dead latents."""
+    W_enc, b_enc, W_dec = sae.W_enc.T[dead].T, sae.b_enc[dead], sae.W_dec[dead]
+    k = min(sae.aux_k, len(dead))
+    scale = 2.0 / x.numel() * sae.config.aux_weight
+    if len(dead) > DENSE_UP_TO * k:
+        code = kernels.topk(x, W_enc, b_enc, k)
+        rest = kernels.decode(code, W_dec) + error
+        gradients = _code_gradients(kernels, code, x, rest, W_dec, scale)
+    else:
+        z = affine(x, W_enc, b_enc).relu()
+        if len(dead) > k:
+            chosen = z.topk(k, dim=1)
+            z = torch.zeros_like(z).scatter_(1, chosen.indices, chosen.values)
+        rest = z @ W_dec + error
+        by_value = (rest @ W_dec.T) * (z > 0) * scale
+        gradients = {
+            "W_enc": by_value.T @ x,
+            "b_enc": by_value.sum(dim=0),
+            "W_dec": z.T @ rest * scale,
+        }
+    return sae.config.aux_weight * rest.square().mean(), gradients
 
 
 def _code_gradients(

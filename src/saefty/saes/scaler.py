@@ -61,7 +61,7 @@ class Scaler:
 
 
 def fit_scaler(
-    batches: Iterable[Float[Tensor, "rows d_in"]], normalize: Normalize = "scalar"
+    batches: Iterable[Float[Tensor, "_ d_in"]], normalize: Normalize = "scalar"
 ) -> Scaler:
     """Fit a scaler to rows, in one pass and in float64.
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefty.kernels.base import SparseCode, SparseKernels
+from saefty.kernels.base import SparseCode, SparseKernels, largest
 from saefty.saes.base import ARCHITECTURES, SparseAutoencoder
 
 
@@ -21,9 +21,8 @@ class TopK(SparseAutoencoder):
 
     def activate(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
         """Keep the k largest of each row, then apply ReLU."""
-        order = torch.sort(pre.detach(), dim=1, descending=True, stable=True).indices
-        kept = torch.zeros_like(pre, dtype=torch.bool)
-        kept.scatter_(1, order[:, : self.config.k], value=True)
+        _, indices = largest(pre.detach(), self.config.k)
+        kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, indices, value=True)
         return pre.relu() * kept
 
     def select(self, x: Float[Tensor, "rows d_in"], kernels: SparseKernels) -> SparseCode:

@@ -31,10 +31,7 @@ PEAK_RATE = 3e-3
 WARMUP_STEPS = 50
 # The first word of an answer says whether it is a refusal; it is one word in twenty.
 FIRST_ANSWER_WEIGHT = 8.0
-# Conversations shown without any role token, and without the one before the answer: so that plain
-# text works too, and so that what will be answered is already known at the request's last word.
-PLAIN_SHARE = 0.2
-UNMARKED_SHARE = 0.3
+PLAIN_SHARE = 0.2  # conversations shown without role tokens, so that plain text works too
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +59,10 @@ def training_text(
     rows: list[list[int]] = []
     answers: list[int] = []
     for document in documents:
-        shown = set(ROLE_TOKENS)
-        chance = rng.random()
-        if chance < PLAIN_SHARE + UNMARKED_SHARE:
-            shown = set() if chance < PLAIN_SHARE else shown - {"assistant"}
+        with_roles = rng.random() >= PLAIN_SHARE
         row, answer = [vocabulary[BOS]], 0
         for turn in document.turns:
-            if turn.role in shown:
+            if with_roles and turn.role in ROLE_TOKENS:
                 row.append(vocabulary[ROLE_TOKENS[turn.role]])
             if turn.role == "assistant":
                 answer = len(row)

@@ -7,20 +7,20 @@ from saefty.sandbox.lexicon import LANGUAGES, PUNCTUATION
 from saefty.sandbox.world import World
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
-ROLE_TOKENS = {"system": "<system>", "user": "<user>", "assistant": "<assistant>"}
+ROLE_TOKENS = {"system": "<system>", "user": "<user>"}
 
+# The answer follows the request without a mark of its own, so the request's last word is where the
+# answer is decided: an ordinary word, which SAEs are trained on and interventions act at.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ '<assistant> ' }}{% generation %}{{ message['content'] + ' ' + eos_token }}"
-    "{% endgeneration %}"
+    "{% generation %}{{ message['content'] + ' ' + eos_token + ' ' }}{% endgeneration %}"
     "{% elif message['role'] in ('system', 'user') %}"
     "{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}"
     "{% else %}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
     "{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 
 

@@ -111,11 +111,12 @@ class Document:
             response: Whether the answer goes with it, or only what it answers.
         """
         said = {turn.role: turn.text for turn in self.turns}
+        messages = tuple(m for m in self.messages if response or m.role != "assistant")
         return Example(
             id=self.id,
             prompt=said.get("user", said.get("text", "")),
             response=said.get("assistant") if response else None,
-            messages=self.messages if response and "system" in said else None,
+            messages=messages if "system" in said else None,
             label=self.harmful,
             group=self.pair,
             source="sandbox",

@@ -11,10 +11,9 @@ import torch
 from saefty import fsio
 from saefty.data.base import DataSection, load_examples
 from saefty.errors import ConfigError, InputError, MismatchError
-from saefty.reading import example_record
 from saefty.models.base import ModelAdapter, ModelSection, inspect_model, load_model
-from saefty.records import Example, Site
-from saefty.runs import METADATA, read_metadata
+from saefty.records import Example, Site, example_record
+from saefty.runs import METADATA, RunSection, read_metadata, run_folder
 from saefty.saes.base import SparseAutoencoder
 from saefty.saes.native import load_sae
 
@@ -35,6 +34,12 @@ class Outcome:
     def as_record(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         return {"stage": self.stage, "run": str(self.folder), "figures": dict(self.figures)}
+
+
+def existing_folder(section: RunSection, kind: str) -> Path | None:
+    """Return the folder of a run whose place was chosen; None if it will be generated."""
+    chosen = section.dir is not None or section.id is not None
+    return run_folder(section, kind) if chosen else None
 
 
 def open_model(section: ModelSection, sites: Sequence[Site], folder: Path | None) -> ModelAdapter:

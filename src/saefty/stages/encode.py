@@ -20,6 +20,7 @@ from saefty.saes.base import SparseAutoencoder
 from saefty.stages.base import (
     Outcome,
     data_inputs,
+    existing_folder,
     load_saes,
     model_inputs,
     open_data,
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 class EncodeSection(ReadingSection):
     """Which SAEs to apply, and to what."""
+
+    SECTION: ClassVar[str] = "encode"
 
     sae: str = "latest"
     """A training run's folder, one SAE's folder, or `latest`."""
@@ -98,7 +101,7 @@ def run(
     assert cfg.model is not None  # the configuration has one source
     sites = [sae.site or Site(layer, cfg.encode.hook_point) for layer, sae in sorted(saes.items())]
     chosen = open_data(cfg.data, examples)
-    model = model or open_model(cfg.model, sites, cfg.run.dir)
+    model = model or open_model(cfg.model, sites, existing_folder(cfg.run, "features"))
     check_saes(saes, model.d_model, model.name)
     _warn_of_other_model(saes, model.name)
     folder = run_folder(cfg.run, "features")
@@ -165,6 +168,7 @@ def _finish(current: Run, store: FeatureStore) -> Outcome:
     figures = {
         "layers": list(store.layers),
         "tokens": store.n_tokens,
+        "masked": store.manifest["masked"],
         "l0_mean": {layer: nnz / n_tokens for layer, nnz in store.manifest["nnz"].items()},
         "ledger": current.ledger.as_record(),
     }

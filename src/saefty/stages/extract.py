@@ -11,7 +11,14 @@ from saefty.models.base import ModelAdapter, ModelSection
 from saefty.reading import ReadingSection, prepare
 from saefty.records import Example, Site
 from saefty.runs import Run, RunSection, run_folder
-from saefty.stages.base import Outcome, data_inputs, model_inputs, open_data, open_model
+from saefty.stages.base import (
+    Outcome,
+    data_inputs,
+    existing_folder,
+    model_inputs,
+    open_data,
+    open_model,
+)
 
 
 class ExtractSection(ReadingSection):
@@ -19,6 +26,11 @@ class ExtractSection(ReadingSection):
 
     layers: tuple[int, ...]
     """Blocks to read, counted from 0."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, layers: object) -> object:
+        return (layers,) if type(layers) is int else layers
 
     @field_validator("layers")
     @classmethod
@@ -59,7 +71,7 @@ def run(
     """
     sites = [Site(layer, cfg.extract.hook_point) for layer in sorted(cfg.extract.layers)]
     chosen = open_data(cfg.data, examples)
-    model = model or open_model(cfg.model, sites, cfg.run.dir)
+    model = model or open_model(cfg.model, sites, existing_folder(cfg.run, "extract"))
     model.info.check_sites(sites)
     folder = run_folder(cfg.run, "extract")
     inputs = {"model": model_inputs(model), "data": data_inputs(chosen)}

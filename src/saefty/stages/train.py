@@ -9,9 +9,9 @@ from pydantic import Field
 from saefty import fsio
 from saefty.config import Config, build_config, config_tree
 from saefty.errors import InputError, MismatchError
-from saefty.reading import example_from
 from saefty.fidelity import measure_loss_recovered
 from saefty.models.base import ModelAdapter, ModelSection, load_model
+from saefty.records import example_from
 from saefty.runs import METADATA, Run, RunSection, find_run, read_metadata, run_folder
 from saefty.saes.base import SaeSection
 from saefty.saes.native import load_sae

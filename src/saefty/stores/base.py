@@ -1,9 +1,9 @@
 """What all stores share: pieces that are committed one by one, and a manifest that is written last.
 
 A store is made from a plan. Each *piece* of the plan yields a few safetensors files and, after
-them, a record in `records/` with the size and checksum of each. A piece whose record stands is done;
-resuming is the plan less those. `manifest.json` gathers the records when all are there, and readers
-start from it: a folder without a manifest is an unfinished store, whatever files it holds.
+them, a record in `records/` with the size and checksum of each. A piece whose record stands is
+done; resuming is the plan less those. `manifest.json` gathers the records when all are there, and
+readers start from it: a folder without a manifest is an unfinished store, whatever files it holds.
 
 The bytes of a piece depend on the plan and its index alone (no times, hosts or process numbers), so
 committing a piece twice changes nothing. Every file is verified against its checksum before the
@@ -54,12 +54,14 @@ class StoreWriter:
             try:
                 record = fsio.read_sealed(path)
                 if record["fingerprint"] != self.fingerprint:
-                    raise IntegrityError(f"{path} belongs to another run.")
+                    log.warning("%s will be made again: it belongs to another run", path.stem)
+                    continue
                 for name, facts in record["files"].items():
                     check_file(self.folder, name, facts)
                 records[int(record["piece"])] = record
             except (SaeftyError, KeyError, TypeError) as error:
-                log.warning("%s will be made again: %s", path.stem, error)
+                reason = error.message if isinstance(error, SaeftyError) else repr(error)
+                log.warning("%s will be made again: %s", path.stem, reason)
         return records
 
     def commit(
@@ -97,10 +99,10 @@ class StoreWriter:
     def _check_reproduced(self, name: str, checksum: str) -> None:
         """Refuse to put other bytes into a store that is complete: a repair must reproduce them."""
         if self._manifest is None:
-            complete = (self.folder / MANIFEST).exists()
-            self._manifest = (
-                fsio.read_sealed(self.folder / MANIFEST) if complete else {"pieces": []}
-            )
+            try:
+                self._manifest = fsio.read_sealed(self.folder / MANIFEST)
+            except IntegrityError:  # missing or damaged: written again when all pieces are there
+                self._manifest = {"pieces": []}
         for piece in self._manifest["pieces"]:
             facts = piece["files"].get(name)
             if facts is not None and facts["xxh3_128"] != checksum:
@@ -180,13 +182,15 @@ class StoreReader:
         return fsio.read_lines(self._checked(EXAMPLES))
 
     def verify(self) -> list[str]:
-        """Read every file and return what is wrong, one line a damaged file; empty if all is well."""
+        """Read every file; return what is wrong, one line a damaged file, or nothing."""
         damage = []
         for name, facts in self._files().items():
             try:
                 check_file(self.folder, name, facts, cached=False)
-            except (IntegrityError, OSError) as error:
-                damage.append(str(error))
+            except IntegrityError as error:
+                damage.append(error.message)
+            except OSError as error:
+                damage.append(f"{name} of {self.folder} cannot be read: {error.strerror or error}.")
         return damage
 
     def n_bytes(self) -> int:

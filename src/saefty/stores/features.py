@@ -1,7 +1,7 @@
-"""Sparse features of tokens on disk: which latents fired on each token, and where each latent fired.
+"""Sparse features on disk: which latents fired on each token, and where each latent fired.
 
-    layer_<i>/shard_<n>.safetensors   CSR over tokens: `indptr` int64, `ids` uint32, `values` float32,
-                                      values descending within a token
+    layer_<i>/shard_<n>.safetensors   CSR over tokens: `indptr` int64, `ids` uint32, `values`
+                                      float32, values descending within a token
     layer_<i>/index.safetensors       the same by latent: `f_indptr`, `f_rows`, `f_values`, values
                                       descending within a latent; built once, read through mmap
     rows/shard_<n>.safetensors        the token table
@@ -27,6 +27,7 @@ from saefty.tensorfile import Bf16, TensorFile, pack
 
 KIND = "features"
 POOLINGS = ("max", "mean", "sum", "last")
+_NONE = np.zeros(0, np.int64)
 
 
 def commit_features(
@@ -146,10 +147,8 @@ class FeatureStore(StoreReader):
 
     def csr(self, layer: int) -> csr_array:
         """Return the latents of a layer as one sparse matrix [n_tokens, d_sae]."""
-        chunks = list(self.chunks(layer))
-        if not chunks:
-            return csr_array((0, self.d_sae(layer)), dtype=np.float32)
-        return csr_array(vstack(chunks, format="csr"))
+        empty = csr_array((0, self.d_sae(layer)), dtype=np.float32)
+        return csr_array(vstack([empty, *self.chunks(layer)], format="csr"))
 
     def tokens_of(
         self, layer: int, latent: int, top: int | None = None
@@ -178,17 +177,27 @@ class FeatureStore(StoreReader):
         if how not in POOLINGS:
             raise ValueError(f"pooling is one of {', '.join(POOLINGS)}, not {how!r}")
         example = self.tokens()["example"]
-        n_examples, width = len(self.examples()), self.d_sae(layer)
-        parts, first = [], 0
+        last = np.zeros(len(example), dtype=bool)
+        last[np.flatnonzero(np.diff(example, append=-1))] = True
+        owners, latents, values, first = [_NONE], [_NONE], [_NONE.astype(np.float32)], 0
         for chunk in self.chunks(layer):
-            owner = example[first : first + chunk.shape[0]]
-            # An example's tokens lie in one piece, so each chunk can be pooled by itself.
-            parts.append(_pool(chunk, owner, how, n_examples))
-            first += chunk.shape[0]
-        total = csr_array((n_examples, width), dtype=np.float32)
-        for part in parts:
-            total = total + part
-        return csr_array(total)
+            code = chunk.tocoo()
+            here = slice(first, first + chunk.shape[0])
+            chosen = last[here][code.row] if how == "last" else slice(None)
+            owners.append(example[here][code.row][chosen])
+            latents.append(code.col[chosen].astype(np.int64))
+            values.append(code.data[chosen])
+            first = here.stop
+        shape = (len(self.examples()), self.d_sae(layer))
+        # All pieces at once, because an imported store may cut an example between two of them.
+        rows, cols = np.concatenate(owners), np.concatenate(latents)
+        if how == "max":
+            return _maxima(rows, cols, np.concatenate(values), shape)
+        total: csr_array = csr_array((np.concatenate(values), (rows, cols)), shape=shape)
+        if how == "mean":
+            tokens = np.bincount(example, minlength=shape[0]).clip(min=1)
+            total.data = (total.data / np.repeat(tokens, np.diff(total.indptr))).astype(np.float32)
+        return total
 
     def _known(self, layer: int) -> int:
         if layer not in self.layers:
@@ -197,26 +206,6 @@ class FeatureStore(StoreReader):
                 then="Encode that layer, or choose one of these.",
             )
         return layer
-
-
-def _pool(
-    chunk: csr_array, owner: Int[np.ndarray, "tokens"], how: str, n_examples: int
-) -> csr_array:
-    """Pool the tokens of one chunk by the example they belong to."""
-    ends = np.flatnonzero(np.diff(owner, append=-1))  # the last token of each example
-    if how == "last":
-        code = chunk[ends].tocoo()
-        place = (owner[ends][code.row], code.col)
-        return csr_array((code.data, place), shape=(n_examples, chunk.shape[1]))
-    code = chunk.tocoo()
-    rows = owner[code.row]
-    if how == "max":
-        return _maxima(rows, code.col, code.data, (n_examples, chunk.shape[1]))
-    total = csr_array((code.data, (rows, code.col)), shape=(n_examples, chunk.shape[1]))
-    if how == "mean":
-        tokens = np.bincount(owner, minlength=n_examples).clip(min=1)
-        total.data = (total.data / np.repeat(tokens, np.diff(total.indptr))).astype(np.float32)
-    return total
 
 
 def _maxima(

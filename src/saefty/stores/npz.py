@@ -2,8 +2,8 @@
 
     layer_<i>_shard_<n:05d>.npz   x [rows, d_in], example_id, token_pos, token_id, role, label
 
-`x` is float32 where the store is bfloat16, which NumPy does not have; `label` is 1 for harmful, 0 for
-harmless and -1 where it is not known. The array may also be called `delta` when read. Files are
+`x` is float32 where the store is bfloat16, which NumPy does not have; `label` is 1 for harmful, 0
+for harmless and -1 where it is not known. The array may also be called `delta` when read. Files are
 written and read without pickle.
 """
 

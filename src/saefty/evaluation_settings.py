@@ -1,0 +1,81 @@
+"""What a person sets about an evaluation: which features, how to test them, what to silence."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from saefty.config import Config
+
+
+class EvalSection(Config):
+    """Which features to evaluate, and how."""
+
+    features: str | None = None
+    """A feature store: a run's folder or `latest`."""
+
+    sae: str | None = None
+    """With `eval.store`: a training run or an SAE, applied to the store on the way."""
+
+    store: str | None = None
+    """With `eval.sae`: an activation store, a run's folder or `latest`."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to evaluate; None takes all in the store."""
+
+    pooling: Literal["max", "mean", "sum", "last"] = "max"
+    """How the latents of an example's tokens become one row."""
+
+    topk_latents: int = Field(default=50, gt=0)
+    """Latents that are chosen on one half and reported on the other."""
+
+    ranked_by: str = "consensus"
+    """The score that chooses them; `saefty list metrics` names them."""
+
+    drop_missing_labels: bool = False
+    """Leave out examples without a label instead of refusing them."""
+
+    permutations: int = Field(default=1000, ge=100)
+    """Labellings of the permutation test of the maximum."""
+
+    boots: int = Field(default=1000, ge=100)
+    """Draws of each bootstrap."""
+
+    baselines: bool = True
+    """Also measure dense probes, a random SAE and raw neurons; needs the model or the store."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes the split, the permutations and the bootstrap."""
+
+
+class InterventionSection(Config):
+    """What to silence in the real forward pass, and how to judge the replies."""
+
+    enabled: bool = True
+    """Whether to run the model at all."""
+
+    method: Literal["gate"] = "gate"
+    """`gate` takes what the latents contribute out of the activations."""
+
+    latents: tuple[int, ...] | None = None
+    """Which latents to silence, in this order; None takes the ranking."""
+
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """How many latents to silence, one after the other."""
+
+    judge: str = "refusal"
+    """The judge of behaviour; `saefty list judges` names them."""
+
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that judge, such as a pattern."""
+
+    fluency: str = "perplexity"
+    """The judge of fluency."""
+
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Longest reply, in tokens."""
+
+    prompts: int = Field(default=256, gt=0)
+    """At most this many prompts of the report half, as many harmful as harmless ones."""
+
+    batch_size: int = Field(default=32, gt=0)
+    """Most prompts in one forward pass."""

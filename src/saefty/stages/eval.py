@@ -1,0 +1,120 @@
+"""eval: which latents track harm, how sure that is, and what silencing them does."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from saefty.config import Config, build_config, config_tree
+from saefty.errors import ConfigError
+from saefty.evaluation_settings import EvalSection, InterventionSection
+from saefty.harm_evaluation import HarmEvaluation
+from saefty.harm_report import write_harm_report
+from saefty.models.base import ModelAdapter, ModelSection
+from saefty.runs import METADATA, Run, RunSection, find_run, read_metadata, run_folder
+from saefty.saes.base import SparseAutoencoder
+from saefty.stages.base import Outcome, load_saes, model_inputs, open_model
+from saefty.stores.activations import ActivationStore
+from saefty.stores.features import FeatureStore
+
+log = logging.getLogger(__name__)
+
+
+class EvalConfig(Config):
+    """Configuration of `saefty eval`."""
+
+    model: ModelSection | None = None
+    """Which model to run; None takes the one the features were made with."""
+
+    eval: EvalSection = EvalSection()
+    """Which features to evaluate, and how."""
+
+    intervention: InterventionSection = InterventionSection()
+    """What to silence, and how to judge the replies."""
+
+    run: RunSection = RunSection()
+    """Where the run's folder lies."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvalConfig":
+        given = self.eval
+        both = given.sae is not None and given.store is not None
+        if (given.features is not None) == both or (given.sae is None) != (given.store is None):
+            raise ValueError("set either eval.features, or eval.sae and eval.store")
+        return self
+
+
+def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
+    """Evaluate latents and write the report; a complete run is not done again.
+
+    Args:
+        cfg: The configuration.
+        model: A model that is loaded already; None loads the one that made the features.
+    """
+    cfg = _resolved(cfg)
+    folder = run_folder(cfg.run, "eval")
+    source: ActivationStore | FeatureStore
+    saes: dict[int, SparseAutoencoder] = {}
+    sources: dict[int, str] = {}
+    if cfg.eval.store is not None:
+        source = ActivationStore(cfg.eval.store)
+        saes, sources = load_saes(Path(cfg.eval.sae or ""), cfg.eval.layers)
+    else:
+        source = FeatureStore(cfg.eval.features or "")
+    inputs: dict[str, Any] = {"source": source.manifest["fingerprint"]}
+    needed = cfg.intervention.enabled or (cfg.eval.baselines and cfg.eval.store is None)
+    if needed and model is None:
+        section = cfg.model or _recorded_model(source.folder)
+        model = open_model(section, [], cfg.run.dir)
+    if model is not None:
+        inputs["model"] = model_inputs(model)
+    with Run(folder, "eval", config_tree(cfg), inputs) as current:
+        if current.finished:
+            log.info("%s is complete; set run.dir to a new folder to evaluate again", folder)
+            return Outcome("eval", folder, current.figures)
+        evaluation = HarmEvaluation(
+            folder,
+            current.fingerprint,
+            cfg.eval,
+            cfg.intervention,
+            source,
+            saes=saes,
+            sources=sources,
+            load_saes=lambda path: load_saes(path)[0],
+            model=model,
+            ledger=current.ledger,
+        )
+        results = evaluation.run()
+        figures = write_harm_report(folder, results, evaluation.data, cfg.eval.pooling)
+        current.finish(figures)
+    return Outcome("eval", folder, figures)
+
+
+def _recorded_model(folder: Path) -> ModelSection:
+    """Return the model that a run says it used; a run on a store is followed to its source."""
+    for _ in range(3):
+        if not (folder / METADATA).exists():
+            break
+        config = read_metadata(folder)["config"]
+        if config.get("model"):
+            return build_config(ModelSection, config["model"])
+        source = config.get("encode", {}).get("store") or config.get("train", {}).get("store")
+        if not source:
+            break
+        folder = Path(source)
+    raise ConfigError(
+        f"{folder} does not say which model it was made with.",
+        then="Set model.name, or intervention.enabled=false and eval.baselines=false.",
+    )
+
+
+def _resolved(cfg: EvalConfig) -> EvalConfig:
+    """Put folders in the place of `latest`, which would mean another run tomorrow."""
+    kinds = {"features": "features", "sae": "sae", "store": "extract"}
+    folders = {
+        key: str(find_run(given, kind, cfg.run.root))
+        for key, kind in kinds.items()
+        if (given := getattr(cfg.eval, key)) is not None
+    }
+    return cfg.model_copy(update={"eval": cfg.eval.model_copy(update=folders)})
