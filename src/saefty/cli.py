@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saefty.errors import ResourceError, SaeftyError
+from saefty.errors import ExternalError, ResourceError, SaeftyError
 
 if TYPE_CHECKING:
     from saefty.stages.base import Outcome
@@ -293,8 +293,8 @@ def _guarded(job: Callable[[], None], quiet: bool, debug: bool, as_json: bool) -
             typer.echo(json.dumps({**error.as_record(), "run": folder and str(folder)}), err=True)
         else:
             typer.echo(f"Error: {error}", err=True)
-            # A full disk is mended outside; other errors say in `then` what to change.
-            if folder and (isinstance(error, ResourceError) or not error.then):
+            # What lies outside is mended there; other errors want another command.
+            if folder and isinstance(error, ResourceError | ExternalError):
                 typer.echo(_resume_line(folder), err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as error:

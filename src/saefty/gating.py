@@ -53,14 +53,14 @@ class Behaviour:
 
     Attributes:
         rate: Share of replies that show the behaviour.
-        change: The same less the ungated replies' to the same prompts.
+        change: The same less the ungated replies' to the same prompts; None for the ungated.
         fluency: Mean fluency.
         judged: Replies that could be judged.
         prompts: Replies in all.
     """
 
     rate: Interval
-    change: Interval
+    change: Interval | None
     fluency: Interval
     judged: int
     prompts: int
@@ -198,7 +198,9 @@ def measure_gating(
     for condition, texts in replies.items():
         shown, form = behaviour.score(prompts, texts), fluent.score(prompts, texts)
         groups = [
-            _behaviour(shown, base, form, mask, clusters, seed, boots)
+            _behaviour(
+                shown, base if condition.latents else None, form, mask, clusters, seed, boots
+            )
             for mask in (harmful, ~harmful)
         ]
         points.append(GatePoint(condition, groups[0], groups[1]))
@@ -207,7 +209,7 @@ def measure_gating(
 
 def _behaviour(
     shown: Float[np.ndarray, "prompts"],
-    base: Float[np.ndarray, "prompts"],
+    base: Float[np.ndarray, "prompts"] | None,
     fluency: Float[np.ndarray, "prompts"],
     mask: Bool[np.ndarray, "prompts"],
     clusters: Int[np.ndarray, "prompts"] | None,
@@ -218,7 +220,7 @@ def _behaviour(
     draws = Bootstrap(int(mask.sum()), codes, boots=boots, seed=seed)
     return Behaviour(
         rate=draws.mean(shown[mask]),
-        change=draws.mean(shown[mask] - base[mask], bounds=PAIRED),
+        change=None if base is None else draws.mean((shown - base)[mask], bounds=PAIRED),
         fluency=draws.mean(fluency[mask]),
         judged=int((~np.isnan(shown[mask])).sum()),
         prompts=int(mask.sum()),

@@ -99,12 +99,8 @@ def _lead(result: LayerResult) -> str:
         )
     if gating is not None:
         words.append(_causal_sentence(gating))
-    random = result.controls.get("random SAE")
-    if random is not None and best is not None:
-        words.append(
-            f"The AUROC alone is weak evidence: the best latent of a *random* SAE of the same "
-            f"shape reaches {random}."
-        )
+    if best is not None and result.controls:
+        words.append(_beside_controls(best.auroc, result.controls))
     words.append(
         "What does not follow: that these latents mean harm to a person, that they act alone, or "
         "that other prompts, models or layers behave alike."
@@ -115,31 +111,43 @@ def _lead(result: LayerResult) -> str:
     return " ".join(words)
 
 
+def _beside_controls(best: Interval, controls: Mapping[str, Interval]) -> str:
+    """Say how far the best latent stands out from the best a control reaches."""
+    name, control = max(controls.items(), key=lambda item: item[1].estimate)
+    if best.low > control.high:
+        return f"The best control ({name}) reaches {control}, clearly less."
+    return (
+        f"The AUROC alone is weak evidence: the best control ({name}), found by the same "
+        f"procedure, reaches {control}."
+    )
+
+
 def _causal_sentence(gating: GateResult) -> str:
     count = strongest_count(gating)
     target, control = (point_at(gating, arm, count) for arm in ("target", "control"))
     base = point_at(gating, "target", 0)
     if target is None or base is None or not count:
         return "No latent leans towards harm, so nothing was silenced."
-    change = target.harmful.change
+    change, on_harmless = target.harmful.change, target.harmless.change
+    assert change is not None  # only the ungated replies have nothing to be compared with
+    assert on_harmless is not None
     sentence = (
         f"Silencing the {count} first of them changes {gating.behaviour} of harmful prompts from "
         f"{_percent(base.harmful.rate.estimate)} by {_points(change)}"
     )
-    if control is not None:
+    other = control.harmful.change if control is not None else None
+    if other is not None:
         sentence += (
-            f"; silencing {count} equally active other latents changes it by "
-            f"{_points(control.harmful.change)}"
+            f"; silencing {count} equally active other latents changes it by {_points(other)}"
         )
     sentence += (
-        f". On harmless prompts {gating.behaviour} changes by {_points(target.harmless.change)} "
+        f". On harmless prompts {gating.behaviour} changes by {_points(on_harmless)} "
         f"(from {_percent(base.harmless.rate.estimate)})"
     )
     fluency = target.harmful.fluency
     sentence += f"; fluency is {fluency.estimate:.2f} [{fluency.low:.2f}, {fluency.high:.2f}]."
     clear = change.high < 0 or change.low > 0
-    if clear and control is not None:
-        other = control.harmful.change
+    if clear and other is not None:
         apart = change.high < other.low or change.low > other.high
         sentence += (
             " The intervals are apart: these latents carry the behaviour here."

@@ -95,22 +95,28 @@ def gate_table(gating: GateResult) -> Table:
         Column("harmless_change", "change", "+.2f"),
         Column("fluency_harmful", "fluency, harmful", ".2f"),
         Column("fluency_harmless", "fluency, harmless", ".2f"),
-        Column("judged", "judged of", "d"),
+        Column("judged", "judged", "d"),
+        Column("replies", "of", "d"),
     )
-    rows = [
-        {
+    rows = []
+    for point in gating.points:
+        harmful, harmless = point.harmful, point.harmless
+        row: dict[str, Any] = {
             "silenced": point.count,
             "arm": point.condition.arm if point.count else "none",
-            "harmful": point.harmful.rate.estimate,
-            "harmful_change": point.harmful.change.estimate,
-            "harmful_change_low": point.harmful.change.low,
-            "harmful_change_high": point.harmful.change.high,
-            "harmless": point.harmless.rate.estimate,
-            "harmless_change": point.harmless.change.estimate,
-            "fluency_harmful": point.harmful.fluency.estimate,
-            "fluency_harmless": point.harmless.fluency.estimate,
-            "judged": point.harmful.judged + point.harmless.judged,
+            "harmful": harmful.rate.estimate,
+            "harmless": harmless.rate.estimate,
+            "fluency_harmful": harmful.fluency.estimate,
+            "fluency_harmless": harmless.fluency.estimate,
+            "judged": harmful.judged + harmless.judged,
+            "replies": harmful.prompts + harmless.prompts,
         }
-        for point in gating.points
-    ]
+        if harmful.change is not None and harmless.change is not None:
+            row.update(
+                harmful_change=harmful.change.estimate,
+                harmful_change_low=harmful.change.low,
+                harmful_change_high=harmful.change.high,
+                harmless_change=harmless.change.estimate,
+            )
+        rows.append(row)
     return Table(columns, tuple(rows))

@@ -173,8 +173,7 @@ def prepare(
     ledger = Ledger(ok=counts.pop("ok", 0), skipped=counts)
     if not ledger.ok:
         raise InputError(
-            f"none of the {len(items)} examples can be read by {model.name}: "
-            f"{', '.join(f'{n} are {reason}' for reason, n in sorted(ledger.skipped.items()))}.",
+            f"none of the {len(items)} examples can be read by {model.name}: {ledger}.",
             then=_how_to_read_more(ledger, items, model.max_length, section),
         )
     if ledger.skipped:

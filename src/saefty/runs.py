@@ -6,7 +6,8 @@
     .lock           held while a process writes in the folder
 
 The same command on an existing folder resumes it. What the folder was started with must be what it
-is resumed with: the keys that differ are printed, and nothing is touched.
+is resumed with: the keys that differ are printed, and nothing is touched. A run that is refused
+before it has done any work leaves no folder.
 """
 
 import fcntl
@@ -20,6 +21,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import Any
 
 from saefty import fsio
 from saefty.config import Config, differing_keys
-from saefty.errors import ConfigError, LockedError, MismatchError
+from saefty.errors import ConfigError, LockedError, MismatchError, SaeftyError
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,10 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
+        if isinstance(error, SaeftyError) and self._holds_no_work():
+            # Settings that were refused before any work must not bind the next command.
+            self._withdraw()
+        elif error is not None:
             # The command line names the folder in the line that resumes the run.
             error.run_folder = self.folder  # type: ignore[attr-defined]
         self._lock.release()
@@ -153,6 +158,15 @@ class Run:
         record = {"stage": self.stage, "figures": figures, "ledger": self.ledger.as_record()}
         fsio.commit_sealed(self.folder / FINISHED, record)
         log.info("%s: %s", self.stage, self.ledger)
+
+    def _holds_no_work(self) -> bool:
+        return {path.name for path in self.folder.iterdir()} <= {METADATA, JOURNAL, LOCK}
+
+    def _withdraw(self) -> None:
+        for name in (METADATA, JOURNAL, LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: another process has just come
+            self.folder.rmdir()
 
     def _start_or_resume(self) -> None:
         path = self.folder / METADATA

@@ -11,7 +11,7 @@ from saefty.runs import METADATA, Run, read_metadata
 from saefty.stages import encode, extract
 from saefty.stages.base import Outcome
 from saefty.stores.activations import ActivationStore
-from saefty.stores.base import MANIFEST, StoreReader
+from saefty.stores.base import MANIFEST, StoreReader, read_manifest
 from saefty.stores.features import FeatureStore
 from saefty.stores.npz import export_npz, import_npz
 
@@ -30,7 +30,7 @@ def open_store(folder: Path) -> StoreReader:
             f"there is no folder {folder}.", then="saefty store list FOLDER shows the stores below."
         )
     path = folder / MANIFEST
-    kind = fsio.read_sealed(path).get("kind") if path.exists() else "activations"
+    kind = read_manifest(folder).get("kind") if path.exists() else "activations"
     return FeatureStore(folder) if kind == "features" else ActivationStore(folder)
 
 
@@ -40,7 +40,12 @@ def list_stores(root: Path, *, verify: bool = False) -> list[dict[str, Any]]:
     Args:
         root: A folder of runs, or one run.
         verify: Also read every file and say whether it is whole.
+
+    Raises:
+        UnknownNameError: If there is no such folder.
     """
+    if not root.is_dir():
+        raise UnknownNameError(f"there is no folder {root}.", then="Name a folder of runs.")
     return [_describe(path.parent, verify) for path in sorted(root.glob(f"**/{MANIFEST}"))]
 
 

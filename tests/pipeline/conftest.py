@@ -64,9 +64,7 @@ def saefty(tmp_path_factory) -> Commands:
 def world(saefty) -> World:
     folder = saefty.cwd
     model = tiny_models.build("llama", folder / "llama")
-    made = World(
-        saefty, folder, model, prompts(folder), folder / "x", folder / "s", folder / "f"
-    )
+    made = World(saefty, folder, model, prompts(folder), folder / "x", folder / "s", folder / "f")
     for command in (
         made.extract(made.extracted),
         ["train", f"train.store={made.extracted}", "sae.k=4", "train.max_steps=40",

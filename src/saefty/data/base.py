@@ -109,7 +109,10 @@ def load_examples(section: DataSection) -> list[Example]:
     columns = _columns(section, records[0], where)
     if section.harmful is not None and "label" in columns:
         _check_harmful((record.get(columns["label"]) for record in records), section, where)
-    examples = [_example(record, columns, section, i) for i, record in enumerate(records)]
+    examples = [
+        _example(record, columns, section, i, f"{where}, row {i} (from 0)")
+        for i, record in enumerate(records)
+    ]
     _check_ids(examples, where)
     return examples
 
@@ -145,7 +148,9 @@ def _listed(record: Record) -> str:
     return ", ".join(repr(str(key)) for key in record)
 
 
-def _example(record: Record, columns: Mapping[str, str], section: DataSection, row: int) -> Example:
+def _example(
+    record: Record, columns: Mapping[str, str], section: DataSection, row: int, where: str
+) -> Example:
     def cell(role: str) -> Any:
         value = record.get(columns[role]) if role in columns else None
         missing = value is None or value == "" or (isinstance(value, float) and value != value)
@@ -156,15 +161,15 @@ def _example(record: Record, columns: Mapping[str, str], section: DataSection, r
         if value is not None and not isinstance(value, str):
             if isinstance(value, list | dict | bytes):
                 raise InputError(
-                    f"row {row}: column {columns[role]!r} (data.{role}) holds a "
+                    f"{where}: column {columns[role]!r} (data.{role}) holds a "
                     f"{type(value).__name__}, not text."
                 )
             return str(value)
         if value is not None and not value.isascii():
-            _check_writable(value, f"row {row}: column {columns[role]!r} (data.{role})")
+            _check_writable(value, f"{where}: column {columns[role]!r} (data.{role})")
         return value
 
-    messages = _messages(cell("messages"), row) if "messages" in columns else None
+    messages = _messages(cell("messages"), where) if "messages" in columns else None
     name = text("id")
     return Example(
         id=name if name is not None else str(row),
@@ -172,23 +177,23 @@ def _example(record: Record, columns: Mapping[str, str], section: DataSection, r
         response=text("response"),
         messages=messages,
         image=text("image"),
-        label=_label(cell("label"), section, row) if "label" in columns else None,
+        label=_label(cell("label"), section, where) if "label" in columns else None,
         group=text("group"),
         source=text("source") or (Path(section.path).name if section.path else section.name),
         raw="text" in columns,
     )
 
 
-def _messages(value: Any, row: int) -> tuple[Message, ...]:
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
     try:
         turns = json.loads(value) if isinstance(value, str) else value
         read = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in turns or ())
     except (TypeError, KeyError, ValueError):
         raise InputError(
-            f"row {row}: data.messages needs a list of {{role, content}}, but found {value!r:.80}."
+            f"{where}: data.messages needs a list of {{role, content}}, but found {value!r:.80}."
         ) from None
     for turn in read:
-        _check_writable(turn.role + turn.content, f"row {row}: data.messages")
+        _check_writable(turn.role + turn.content, f"{where}: data.messages")
     return read
 
 
@@ -203,7 +208,7 @@ def _check_writable(text: str, where: str) -> None:
         ) from None
 
 
-def _label(value: Any, section: DataSection, row: int) -> bool | None:
+def _label(value: Any, section: DataSection, where: str) -> bool | None:
     if value is None or (isinstance(value, float) and value != value):
         return None
     if section.harmful is not None:
@@ -214,7 +219,7 @@ def _label(value: Any, section: DataSection, row: int) -> bool | None:
     if word in TRUE_WORDS or word in FALSE_WORDS:
         return word in TRUE_WORDS
     raise InputError(
-        f"row {row}: the label {value!r} is neither harmful nor harmless.",
+        f"{where}: the label {value!r} is neither harmful nor harmless.",
         then=f"Say which values are harmful, for example data.harmful='[{value}]'.",
     )
 
@@ -250,6 +255,6 @@ def _check_ids(examples: Iterable[Example], where: str) -> None:
     repeated = [name for name, n in counts.items() if n > 1]
     if repeated:
         raise InputError(
-            f"{where} has {len(repeated)} ids more than once: {', '.join(repeated[:10])}.",
+            f"{where} uses {len(repeated)} ids for more than one row: {', '.join(repeated[:10])}.",
             then="Set data.id to a column of unique ids, or leave it out to number the rows.",
         )

@@ -45,7 +45,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, start=1):
             text = _decoded(line, path, number)
             if text.strip():
-                yield _object(text, f"{path}, line {number}")
+                yield _object(text.strip(), f"{path}, line {number}")
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -53,12 +53,12 @@ def _json(path: Path) -> Iterator[Record]:
     rows = _parsed(_decoded(data, path, 1), str(path)) if data.strip() else []
     if not isinstance(rows, list):
         raise InputError(
-            f"{path} holds a {type(rows).__name__}, but a list of objects is wanted.",
+            f"{path} holds {_kind(rows)}, but a list of objects is wanted.",
             then="Write one object a line and call the file .jsonl, or wrap the rows in a list.",
         )
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise InputError(f"{path}: entry {number} is a {type(row).__name__}, not an object.")
+            raise InputError(f"{path}: entry {number} (from 0) is {_kind(row)}, not an object.")
         yield row
 
 
@@ -82,13 +82,18 @@ def _csv(path: Path) -> Iterator[Record]:
                 found = sum(cell is not None for cell in row.values()) - (None in row)
                 found += len(row.get(None, ()))
                 raise InputError(
-                    f"{path}, line {reader.line_num}: this row has {found} cells, but the header "
-                    f"has {wanted}.",
-                    then="Put cells that hold commas in quotes, or write the data as JSONL.",
+                    f"{path}, line {reader.line_num}: the row has {found} cells, but the header has "
+                    f"{wanted}.",
+                    then="Put cells that hold commas in quotes, or write the data as JSONL."
+                    if found > wanted
+                    else "Write empty cells too (a,,c), or write the data as JSONL.",
                 )
             yield row
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from None
+        raise InputError(
+            f"{path}, line {reader.line_num}: not valid CSV: {error}.",
+            then="Look for a quote that is opened and not closed; a quote within a cell is doubled.",
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -118,14 +123,26 @@ def _decoded(data: bytes, path: Path, line: int) -> str:
 def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if "\n" in text else ""
+        reason = f"{error.msg} ({place}character {error.colno})"
+    except RecursionError:
+        reason = "it nests too deep"
+    except ValueError as error:  # a number of more digits than Python reads
+        reason = str(error)
+    raise InputError(f"{where}: not valid JSON: {reason}.")
+
+
+def _kind(value: object) -> str:
+    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(
+        type(value), "a number"
+    )
 
 
 def _object(text: str, where: str) -> Record:
     row = _parsed(text, where)
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a {type(row).__name__}, but an object is wanted.")
+        raise InputError(f"{where}: found {_kind(row)}, but an object is wanted.")
     return row
 
 

@@ -193,9 +193,9 @@ def _verdict(ungated: dict[str, Any], by_arm: dict[str, Any], finding: bool) -> 
     )
     tracked = "track" if finding else "do not track"
     return (
-        f"{start} They {tracked} harm beyond luck, but an AUROC alone shows little: a random SAE "
-        "does as well.\nIt does not follow that they mean harm to a person, or that another "
-        "model behaves alike."
+        f"{start} They {tracked} harm beyond luck; how single latents compare with random "
+        "directions stands under 3.\nIt does not follow that they mean harm to a person, that they "
+        "act alone, or that another model behaves alike."
     )
 
 

@@ -29,9 +29,7 @@ class SandboxJudge:
         self._openers = frozenset().union(
             *(self.grammar.openers(language, "refusal") for language in LANGUAGES)
         )
-        self._vocabulary = {
-            language: self.grammar.vocabulary(language) for language in LANGUAGES
-        }
+        self._vocabulary = {language: self.grammar.vocabulary(language) for language in LANGUAGES}
 
     def refused(self, text: str) -> bool:
         """Return whether a reply refuses."""
@@ -78,7 +76,5 @@ class SandboxFluency(SandboxJudge):
         return _scores(replies, self.fluency)
 
 
-def _scores(
-    replies: Sequence[str], judge: Callable[[str], float]
-) -> Float[np.ndarray, "items"]:
+def _scores(replies: Sequence[str], judge: Callable[[str], float]) -> Float[np.ndarray, "items"]:
     return np.array([judge(r) if split_words(r) else np.nan for r in replies], dtype=np.float64)

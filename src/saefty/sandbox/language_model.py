@@ -29,6 +29,7 @@ STEPS = 1500
 BATCH = 32
 PEAK_RATE = 3e-3
 WARMUP_STEPS = 50
+INITIAL_SCALE = 0.02
 # The first word of an answer says whether it is a refusal; it is one word in twenty.
 FIRST_ANSWER_WEIGHT = 8.0
 PLAIN_SHARE = 0.2  # conversations shown without role tokens, so that plain text works too
@@ -80,6 +81,23 @@ def training_text(
     return TrainingText(ids, weights)
 
 
+def batches(text: TrainingText, *, seed: int) -> list[Int[np.ndarray, "batch"]]:
+    """Return the documents of each batch, of like length so that little is padding.
+
+    Documents are sorted by length within windows of 16 batches, and the batches of a window then
+    come in random order.
+    """
+    rng = np.random.default_rng([seed, 5])
+    lengths = (text.weights > 0).sum(axis=1)
+    window = 16 * BATCH
+    found: list[Int[np.ndarray, "batch"]] = []
+    for start in range(0, len(lengths), window):
+        rows = start + np.argsort(lengths[start : start + window], kind="stable")
+        pieces = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        found += [pieces[i] for i in rng.permutation(len(pieces))]
+    return found
+
+
 def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """Return an untrained model for the vocabulary of a tokenizer."""
     with torch.random.fork_rng():
@@ -93,6 +111,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausa
                 num_attention_heads=4,
                 num_key_value_heads=4,
                 max_position_embeddings=128,
+                initializer_range=INITIAL_SCALE,
                 tie_word_embeddings=False,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -130,12 +149,11 @@ def train_language_model(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
     )
-    lengths = (text.weights > 0).sum(axis=1) + 1
+    order = batches(text, seed=seed)
     losses: list[float] = []
     model.train()
-    for step in range(steps):
-        rows = slice(step * BATCH, (step + 1) * BATCH)
-        longest = int(lengths[rows].max())
+    for step, rows in enumerate(order):
+        longest = int((text.weights[rows] > 0).sum(axis=1).max()) + 1
         ids = torch.from_numpy(text.ids[rows, :longest])
         weights = torch.from_numpy(text.weights[rows, :longest])
         for group in optimizer.param_groups:

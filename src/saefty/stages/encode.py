@@ -70,8 +70,10 @@ class EncodeConfig(Config):
     @model_validator(mode="after")
     def _one_source(self) -> "EncodeConfig":
         if (self.model is None) == (self.encode.store is None):
+            given = "neither is given" if self.model is None else "both are given"
             raise ValueError(
-                "set either model.name (to read a dataset) or encode.store (to read a store)"
+                "set either model.name (to read a dataset) or encode.store (to read a store); "
+                f"{given}"
             )
         return self
 

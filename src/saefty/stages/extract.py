@@ -30,6 +30,8 @@ class ExtractSection(ReadingSection):
     @field_validator("layers", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, layers: object) -> object:
+        if isinstance(layers, str):
+            raise ValueError(f"write a list of numbers, such as [0,2], not {layers!r}")
         return (layers,) if type(layers) is int else layers
 
     @field_validator("layers")

@@ -149,12 +149,15 @@ class StoreReader:
     def __init__(self, folder: Path | str, kind: str) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
-            state = "is not complete" if (self.folder / RECORDS).exists() else "holds no store"
+            begun = (self.folder / RECORDS).exists()
+            state = "is not complete" if begun else "holds no store"
             raise IntegrityError(
                 f"{self.folder} {state}: there is no {MANIFEST}.",
-                then="Run the command that writes it again; it resumes where it stopped.",
+                then="Run the command that writes it again; it resumes where it stopped."
+                if begun
+                else "Name a folder that extract, encode or store import wrote.",
             )
-        self.manifest = fsio.read_sealed(self.folder / MANIFEST)
+        self.manifest = read_manifest(self.folder)
         try:
             version, found = self.manifest["format_version"], self.manifest["kind"]
         except (KeyError, TypeError):
@@ -166,7 +169,10 @@ class StoreReader:
                 then="Update saefty.",
             )
         if found != kind:
-            raise IntegrityError(f"{self.folder} is a store of {found}, not of {kind}.")
+            raise IntegrityError(
+                f"{self.folder} is a store of {found}, but one of {kind} is wanted.",
+                then="Activations are what extract writes, features what encode writes.",
+            )
         self.pieces: list[dict[str, Any]] = self.manifest["pieces"]
 
     def file(self, name: str) -> TensorFile:
@@ -211,6 +217,20 @@ class StoreReader:
 
     def _facts_of(self, name: str) -> Mapping[str, Any] | None:
         return self._files().get(name)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a store's manifest.
+
+    Raises:
+        IntegrityError: If it is missing or damaged.
+    """
+    try:
+        return fsio.read_sealed(folder / MANIFEST)
+    except IntegrityError as error:
+        raise IntegrityError(
+            error.message, then=f"Run saefty store repair {folder}; it writes the manifest again."
+        ) from None
 
 
 def file_facts(path: Path) -> dict[str, Any]:
