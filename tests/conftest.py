@@ -5,6 +5,12 @@ import socket
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types in signatures are checked in every test; an int may stand for a float.
+install_import_hook(
+    "saefty", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from saefty.gating import (
     measure_gating,
     reply_under,
 )
+from saefty.models.base import ModelAdapter
 from saefty.records import Example, Site
 
 
@@ -87,15 +89,15 @@ def test_a_reply_that_cannot_be_judged_is_missing_and_counted():
     assert points[1].harmful.rate.estimate == 1.0
 
 
-class FakeModel:
-    """Replies with the number of interventions that are active, and counts its calls."""
+class FakeModel(ModelAdapter):
+    """Replies with the number of its call, and has no weights."""
+
+    __abstractmethods__ = frozenset()
 
     def __init__(self):
         self.calls = 0
 
     def intervene(self, site, edit):
-        from contextlib import nullcontext
-
         return nullcontext()
 
     def generate(self, prompts, **settings):

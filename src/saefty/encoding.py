@@ -90,7 +90,6 @@ def write_features(
     pieces: Pieces,
     saes: Mapping[int, SparseAutoencoder],
     *,
-    sources: Mapping[int, str],
     model_name: str,
     extra: Sequence[str],
 ) -> FeatureStore:
@@ -101,7 +100,6 @@ def write_features(
         fingerprint: A checksum of everything the features depend on.
         pieces: Where the activations come from.
         saes: The SAE of each layer.
-        sources: Where each SAE was loaded from.
         model_name: The model the activations come from.
         extra: Further files of the store, such as the example table.
 
@@ -125,7 +123,7 @@ def write_features(
         "layers": layers,
         "sites": {str(layer): sites[layer].name for layer in layers},
         "d_sae": {str(layer): saes[layer].d_sae for layer in layers},
-        "saes": {str(layer): sources.get(layer) for layer in layers},
+        "saes": {str(layer): _text(saes[layer].folder) for layer in layers},
         "n_tokens": sum(record["rows"] for record in ordered),
         "nnz": {str(i): sum(record["nnz"][str(i)] for record in ordered) for i in layers},
         "model_name": model_name,
@@ -133,3 +131,7 @@ def write_features(
     }
     writer.finish(ordered, facts, [*extra, *indices])
     return FeatureStore(folder)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

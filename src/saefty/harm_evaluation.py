@@ -106,7 +106,6 @@ class HarmEvaluation:
         intervention: What to silence, and how to judge the replies.
         source: Features, or activations that are encoded first.
         saes: With activations, the SAE of each layer.
-        sources: Where each of them was loaded from.
         load_saes: Loads the SAEs of a folder that a feature store names.
         model: The model, where one is needed.
         ledger: Takes down what became of each example.
@@ -121,7 +120,6 @@ class HarmEvaluation:
         source: ActivationStore | FeatureStore,
         *,
         saes: Mapping[int, SparseAutoencoder],
-        sources: Mapping[int, str],
         load_saes: Callable[[Path], Mapping[int, SparseAutoencoder]],
         model: ModelAdapter | None,
         ledger: Ledger,
@@ -133,7 +131,7 @@ class HarmEvaluation:
         self.activations: ActivationStore | None = None
         if isinstance(source, ActivationStore):
             self.activations = source
-            self.features = self._encoded(source, sources)
+            self.features = self._encoded(source)
         else:
             self.features = source
         self.records = self.features.examples()
@@ -145,7 +143,7 @@ class HarmEvaluation:
         embedding = self._activations_if_wanted()
         return [self._layer(layer, embedding) for layer in self.layers]
 
-    def _encoded(self, store: ActivationStore, sources: Mapping[int, str]) -> FeatureStore:
+    def _encoded(self, store: ActivationStore) -> FeatureStore:
         folder = self.folder / "features"
         text = "".join(fsio.dump_json_line(record) for record in store.examples())
         fsio.commit_text(folder / EXAMPLES, text)
@@ -154,7 +152,6 @@ class HarmEvaluation:
             self.fingerprint,
             lambda done: stored_pieces(store, sorted(self.saes), done),
             self.saes,
-            sources=sources,
             model_name=str(store.manifest.get("model_name", "")),
             extra=[EXAMPLES],
         )

@@ -1,7 +1,8 @@
 """The report of an evaluation: what was found, how sure it is, and what does not follow from it.
 
 The evidence stands in the order of its strength: first what silencing the latents does to
-behaviour, then what else could tell the labels, then how well single latents tell them, beside controls.
+behaviour, then what else could tell the labels, then how well single latents tell them, beside
+controls.
 """
 
 from collections.abc import Mapping, Sequence

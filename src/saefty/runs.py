@@ -229,8 +229,7 @@ class FolderLock:
             ConfigError: If the folder cannot be made.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = self._open()
         except OSError as error:
             raise ConfigError(
                 f"the folder {self.folder} cannot be used: {error.strerror or error}.",
@@ -246,11 +245,25 @@ class FolderLock:
                 safe="Its work goes on undisturbed.",
                 then="Wait until it ends, or set run.dir to another folder.",
             ) from None
+        if not self._is_current(handle):  # the holder withdrew between our opening and locking
+            os.close(handle)
+            return self.acquire()
         os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         note = f"pid {os.getpid()} on {socket.gethostname()} since {started}"
         os.pwrite(handle, note.encode(), 0)
         self._handle = handle
+        return None
+
+    def _open(self) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def _is_current(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), (self.folder / LOCK).stat())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Give the lock back; the file stays, empty of meaning."""

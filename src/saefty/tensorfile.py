@@ -20,7 +20,7 @@ from saefty.errors import IntegrityError
 MAX_HEADER_BYTES = 1 << 20
 ALIGNMENT = 8
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -125,7 +125,7 @@ class TensorFile:
         try:
             entry = self._entries[name]
             begin, end = (self._start + offset for offset in entry["data_offsets"])
-            kind: np.dtype[np.generic] = _DTYPES[entry["dtype"]]
+            kind = _DTYPES[entry["dtype"]]
             return self._bytes[begin:end].view(kind).reshape(entry["shape"])
         except (KeyError, ValueError, TypeError) as error:
             raise IntegrityError(f"{self.path} is damaged at {name!r}: {error}") from None

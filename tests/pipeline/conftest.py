@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 import tiny_models
 from pipeline.forkserver import Commands
 

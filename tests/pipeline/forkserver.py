@@ -167,10 +167,6 @@ def _serve() -> None:
     from transformers.models.llama import modeling_llama
 
     import saefty.cli
-    import saefty.stages.encode
-    import saefty.stages.extract
-    import saefty.stages.train
-    import saefty.storekeeping
 
     _ = (transformers, modeling_gpt2, modeling_llama, saefty)
     answers = os.dup(1)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import transformers
 
+import tiny_models
 from saefty.config import load_config
 from saefty.saes.native import load_sae
 from saefty.stages import encode, extract

@@ -12,12 +12,15 @@ from saefty.stores.base import EXAMPLES, StoreWriter
 D_IN = 3
 
 
-def make(folder: Path, counts=(5, 7, 4), layers=(0, 2), dtype=torch.float32) -> ActivationStore:
+def make(
+    folder: Path, counts=(5, 7, 4), layers=(0, 2), dtype=torch.float32, examples=None
+) -> ActivationStore:
     writer = StoreWriter(folder, KIND, "fingerprint")
     records, first = [], 0
     for piece, n in enumerate(counts):
         x = {layer: rows_of(layer, first, n).to(dtype) for layer in layers}
-        table = {name: np.full(n, piece, kind) for name, kind in ROW_COLUMNS.items()}
+        owner = piece if examples is None else examples[piece]
+        table = {name: np.full(n, owner, kind) for name, kind in ROW_COLUMNS.items()}
         table["token_pos"] = np.arange(n, dtype=np.int32)
         records.append(commit_activations(writer, piece, x, table, {"masked": {}}))
         first += n

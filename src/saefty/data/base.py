@@ -110,7 +110,7 @@ def load_examples(section: DataSection) -> list[Example]:
     if section.harmful is not None and "label" in columns:
         _check_harmful((record.get(columns["label"]) for record in records), section, where)
     examples = [
-        _example(record, columns, section, i, f"{where}, row {i} (from 0)")
+        _example(record, columns, section, i, f"{where}, row {i} (counted from 0)")
         for i, record in enumerate(records)
     ]
     _check_ids(examples, where)

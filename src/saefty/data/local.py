@@ -82,8 +82,8 @@ def _csv(path: Path) -> Iterator[Record]:
                 found = sum(cell is not None for cell in row.values()) - (None in row)
                 found += len(row.get(None, ()))
                 raise InputError(
-                    f"{path}, line {reader.line_num}: the row has {found} cells, but the header has "
-                    f"{wanted}.",
+                    f"{path}, line {reader.line_num}: the row has {found} cells, but the header "
+                    f"has {wanted}.",
                     then="Put cells that hold commas in quotes, or write the data as JSONL."
                     if found > wanted
                     else "Write empty cells too (a,,c), or write the data as JSONL.",
@@ -92,7 +92,7 @@ def _csv(path: Path) -> Iterator[Record]:
     except csv.Error as error:
         raise InputError(
             f"{path}, line {reader.line_num}: not valid CSV: {error}.",
-            then="Look for a quote that is opened and not closed; a quote within a cell is doubled.",
+            then="Look for a quote that is not closed; a quote within a cell is doubled.",
         ) from None
 
 

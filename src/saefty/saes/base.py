@@ -10,6 +10,7 @@ meaning of `encode`. An architecture is one file with a class that defines `acti
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -155,6 +156,7 @@ class SparseAutoencoder(nn.Module):
         self.options = {**self.OPTIONS, **config.options}
         self.site: Site | None = None
         self.metadata: dict[str, Any] = {}
+        self.folder: Path | None = None  # where it was loaded from
         # W_enc lies in memory by latents, so that both weights update latent by latent.
         self.W_enc = nn.Parameter(torch.zeros(config.d_sae, config.d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))

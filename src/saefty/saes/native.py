@@ -109,6 +109,7 @@ def load_sae(folder: Path | str, device: torch.device | str = "cpu") -> SparseAu
     hook = metadata.pop("hook_name", None)
     sae.site = Site.parse(hook) if hook else None
     sae.metadata = metadata
+    sae.folder = folder
     return sae.to(device).eval()
 
 

@@ -110,24 +110,20 @@ def find_saes(source: Path) -> list[Path]:
     return found
 
 
-def load_saes(
-    source: Path, layers: Sequence[int] | None = None
-) -> tuple[dict[int, SparseAutoencoder], dict[int, str]]:
-    """Return the SAEs of a training run or folder by layer, and where each was loaded from.
+def load_saes(source: Path, layers: Sequence[int] | None = None) -> dict[int, SparseAutoencoder]:
+    """Return the SAEs of a training run, or of one SAE's folder, by layer.
 
     Raises:
         MismatchError: If a layer that was asked for has no SAE.
     """
-    loaded, sources = {}, {}
+    loaded = {}
     for number, folder in enumerate(find_saes(source)):
         sae = load_sae(folder)
-        layer = sae.site.layer if sae.site else number
-        loaded[layer], sources[layer] = sae, str(folder)
+        loaded[sae.site.layer if sae.site else number] = sae
     missing = sorted(set(layers or ()) - set(loaded))
     if missing:
         raise MismatchError(
             f"layers {missing} were asked for, but {source} holds SAEs of layers {sorted(loaded)}.",
             then="Train an SAE for these layers, or choose others.",
         )
-    wanted = sorted(layers or loaded)
-    return {i: loaded[i] for i in wanted}, {i: sources[i] for i in wanted}
+    return {layer: loaded[layer] for layer in sorted(layers or loaded)}

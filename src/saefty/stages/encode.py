@@ -93,13 +93,12 @@ def run(
         examples: Examples that are read already; None reads `cfg.data`.
         saes: SAEs that are loaded already, by layer; None loads `cfg.encode.sae`.
     """
-    sources: dict[int, str] = {}
     cfg = _resolved(cfg, load=saes is None)
     if saes is None:
-        saes, sources = load_saes(Path(cfg.encode.sae), cfg.encode.layers)
+        saes = load_saes(Path(cfg.encode.sae), cfg.encode.layers)
     inputs = {"saes": {str(layer): sae_inputs(sae) for layer, sae in sorted(saes.items())}}
     if cfg.encode.store is not None:
-        return _encode_store(cfg, saes, sources, inputs)
+        return _encode_store(cfg, saes, inputs)
     assert cfg.model is not None  # the configuration has one source
     sites = [sae.site or Site(layer, cfg.encode.hook_point) for layer, sae in sorted(saes.items())]
     chosen = open_data(cfg.data, examples)
@@ -117,7 +116,6 @@ def run(
             current.fingerprint,
             lambda done: read_pieces(model, reading, sites, cfg.encode, done),
             saes,
-            sources=sources,
             model_name=model.name,
             extra=[EXAMPLES, PLAN],
         )
@@ -135,7 +133,6 @@ def sae_inputs(sae: SparseAutoencoder) -> str:
 def _encode_store(
     cfg: EncodeConfig,
     saes: Mapping[int, SparseAutoencoder],
-    sources: Mapping[int, str],
     inputs: dict[str, Any],
 ) -> Outcome:
     store = ActivationStore.open(cfg.encode.store or "")
@@ -158,7 +155,6 @@ def _encode_store(
             current.fingerprint,
             lambda done: stored_pieces(store, sorted(saes), done),
             saes,
-            sources=sources,
             model_name=str(store.manifest.get("model_name", "")),
             extra=[EXAMPLES],
         )

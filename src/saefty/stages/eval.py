@@ -56,10 +56,9 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
     folder = run_folder(cfg.run, "eval")
     source: ActivationStore | FeatureStore
     saes: dict[int, SparseAutoencoder] = {}
-    sources: dict[int, str] = {}
     if cfg.eval.store is not None:
         source = ActivationStore(cfg.eval.store)
-        saes, sources = load_saes(Path(cfg.eval.sae or ""), cfg.eval.layers)
+        saes = load_saes(Path(cfg.eval.sae or ""), cfg.eval.layers)
     else:
         source = FeatureStore(cfg.eval.features or "")
     inputs: dict[str, Any] = {"source": source.manifest["fingerprint"]}
@@ -80,8 +79,7 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
             cfg.intervention,
             source,
             saes=saes,
-            sources=sources,
-            load_saes=lambda path: load_saes(path)[0],
+            load_saes=load_saes,
             model=model,
             ledger=current.ledger,
         )

@@ -1,0 +1,107 @@
+"""The same rows give the same examples in every format, and what cannot be read is named."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saefty.data.base import DataSection, load_examples
+from saefty.errors import InputError
+from saefty.records import Example
+
+ROWS = [
+    {"id": "a", "text": "How do I bake bread?", "label": True, "group": "g1"},
+    {"id": "b", "text": "Yes, it is.\nTwo lines, “quoted”.", "label": False, "group": "g1"},
+    {"id": "c", "text": "東京 Привет 한국어", "label": None, "group": "g2"},
+]
+EXAMPLES = [
+    Example("a", "How do I bake bread?", label=True, group="g1", source="d", raw=True),
+    Example(
+        "b", "Yes, it is.\nTwo lines, “quoted”.", label=False, group="g1", source="d", raw=True
+    ),
+    Example("c", "東京 Привет 한국어", label=None, group="g2", source="d", raw=True),
+]
+BOM = b"\xef\xbb\xbf"
+
+
+def jsonl(rows=ROWS):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_csv(rows=ROWS, end="\n"):
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator=end)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def parquet(rows=ROWS):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+CONTENTS = {
+    "jsonl": ("d.jsonl", jsonl()),
+    "jsonl with a byte-order mark": ("d.jsonl", BOM + jsonl()),
+    "jsonl with CRLF": ("d.jsonl", jsonl().replace(b"\n", b"\r\n")),
+    "jsonl with blank lines and no last newline": ("d.jsonl", b"\n" + jsonl().strip()),
+    "json": ("d.json", json.dumps(ROWS, indent=1).encode()),
+    "json with a byte-order mark": ("d.json", BOM + json.dumps(ROWS).encode()),
+    "csv": ("d.csv", as_csv()),
+    "csv with a byte-order mark": ("d.csv", BOM + as_csv()),
+    "csv with CRLF": ("d.csv", as_csv(end="\r\n")),
+    "csv without a last newline": ("d.csv", as_csv().strip()),
+    "parquet": ("d.parquet", parquet()),
+    "suffix in capitals": ("D.JSONL", jsonl()),
+}
+
+
+def examples(path, **columns):
+    return load_examples(DataSection(path=str(path), **columns))
+
+
+@pytest.mark.parametrize("form", CONTENTS)
+def test_every_format_gives_the_same_examples(tmp_path, form):
+    name, content = CONTENTS[form]
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = examples(path, text="text", label="label", group="group", id="id")
+    assert [replace(example, source="local") for example in found] == EXAMPLES
+
+
+def test_the_source_is_the_files_name(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(jsonl())
+    assert {example.source for example in examples(path, text="text")} == {"prompts.jsonl"}
+
+
+def test_a_number_of_five_thousand_digits_is_an_error_not_a_crash(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": ' + "9" * 5000 + "}\n")
+    with pytest.raises(InputError, match="line 1: not valid JSON"):
+        examples(path, text="text")
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "euc-kr", "cp1251", "utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("form", ["jsonl", "csv", "json"])
+def test_another_encoding_is_an_error_that_names_line_and_byte(tmp_path, encoding, form):
+    text = {"cp932": "東京", "euc-kr": "한국어", "cp1251": "Привет"}.get(encoding, "é")
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    content = {"jsonl": row, "csv": f"text\n{text}\n", "json": f"[{row}]"}[form]
+    path = tmp_path / f"d.{form}"
+    path.write_bytes(content.encode(encoding))
+    with pytest.raises(InputError, match=r"line \d: byte \d+ is not UTF-8"):
+        examples(path, text="text")
+
+
+def test_a_damaged_parquet_file_is_an_error(tmp_path):
+    path = tmp_path / "d.parquet"
+    path.write_bytes(parquet()[:-20])
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        examples(path, text="text")
