@@ -9,6 +9,7 @@ choice, tests on both halves. At most 5 of 100 may claim a finding.
 import argparse
 
 import numpy as np
+
 from saefty.baselines import names_to_codes
 from saefty.evaluation import evaluate_latents
 from saefty.metrics.significance import permuted_labels

@@ -1,5 +1,6 @@
 """The README's lines run, on the sandbox's model in the place of a large one."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from saefty import fsio
+from saefty.config import load_config
 from saefty.sandbox.language_model import MODEL_FOLDER
 from saefty.sandbox.world import World
 
@@ -83,3 +85,10 @@ def test_every_link_leads_to_a_file(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("stage", ["extract", "train", "encode", "eval"])
+def test_every_shipped_configuration_loads(stage):
+    module = importlib.import_module(f"saefty.stages.{stage}")
+    config_class = getattr(module, f"{stage.capitalize()}Config")
+    assert load_config(config_class, ROOT / "configs" / f"{stage}.yaml").run.dir is not None

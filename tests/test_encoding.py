@@ -25,7 +25,6 @@ def features(folder, store, saes):
         "fingerprint",
         lambda done: stored_pieces(store, sorted(saes), done),
         saes,
-        sources={},
         model_name="m",
         extra=[EXAMPLES],
     )

@@ -93,7 +93,7 @@ def test_a_piece_of_which_nothing_is_left_is_empty_and_the_store_is_whole(tmp_pa
 
 def test_a_store_of_which_nothing_is_left_is_refused(tmp_path):
     bad = [(0, f"e{i}", at, NAN) for i in range(4) for at in range(1, 60)]
-    with pytest.raises(NumericError, match="no row is left.*layer 0"):
+    with pytest.raises(NumericError, match=r"no row is left.*layer 0"):
         extract(tmp_path, planted(tiny_models.load("llama"), bad), nonfinite="mask")
     assert not (tmp_path / "manifest.json").exists()
 

@@ -46,7 +46,8 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], d_in: int, where: str) -> 
 
 def encode_rows(sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"]) -> dict[str, np.ndarray]:
     """Return the latents that fire on each row as CSR: `indptr`, `ids`, `values` (descending)."""
-    codes = [sae.encode_sparse(part) for part in x.split(ENCODED_ROWS)] if len(x) else []
+    device = sae.W_dec.device
+    codes = [sae.encode_sparse(part.to(device)) for part in x.split(ENCODED_ROWS)] if len(x) else []
     counts = [code.l0.cpu().numpy() for code in codes]
     return {
         "indptr": np.concatenate([[0], np.cumsum(np.concatenate(counts or [np.zeros(0)]))]).astype(

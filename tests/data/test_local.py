@@ -19,11 +19,9 @@ ROWS = [
     {"id": "c", "text": "東京 Привет 한국어", "label": None, "group": "g2"},
 ]
 EXAMPLES = [
-    Example("a", "How do I bake bread?", label=True, group="g1", source="d", raw=True),
-    Example(
-        "b", "Yes, it is.\nTwo lines, “quoted”.", label=False, group="g1", source="d", raw=True
-    ),
-    Example("c", "東京 Привет 한국어", label=None, group="g2", source="d", raw=True),
+    Example("a", "How do I bake bread?", label=True, group="g1", raw=True),
+    Example("b", "Yes, it is.\nTwo lines, “quoted”.", label=False, group="g1", raw=True),
+    Example("c", "東京 Привет 한국어", label=None, group="g2", raw=True),
 ]
 BOM = b"\xef\xbb\xbf"
 

@@ -12,7 +12,6 @@ import torch
 import tiny_models
 from saefty.saes.base import SaeConfig
 from saefty.saes.native import save_sae
-from saefty.saes.scaler import Scaler
 
 LAYERS = "extract.layers=[0,2]"
 
@@ -261,9 +260,7 @@ class TestSaes:
     def test_an_sae_of_another_width(self, world, tmp_path):
         torch.manual_seed(0)
         sae = SaeConfig("topk", 64, 128, 4).build()
-        save_sae(
-            sae, tmp_path / "wide", Scaler.identity(64) if hasattr(Scaler, "identity") else None
-        )
+        save_sae(sae, tmp_path / "wide")
         self.encode(world, 6, "reads activations 64 wide", "are 32 wide",
                     "Use an SAE that was trained on this model", words=world.data,
                     sae=tmp_path / "wide")  # fmt: skip
@@ -347,8 +344,8 @@ class TestStores:
         ],
     )
     def test_an_sae_that_cannot_be_trained_leaves_no_folder(self, world, tmp_path, word, phrase):
-        self.train(world, 2, phrase,
-                   words=[f"train.store={world.extracted}", word, f"run.dir={tmp_path / 's'}"])  # fmt: skip
+        words = [f"train.store={world.extracted}", word, f"run.dir={tmp_path / 's'}"]
+        self.train(world, 2, phrase, words=words)
         assert not (tmp_path / "s").exists()
 
     @pytest.mark.parametrize(

@@ -110,27 +110,44 @@ def test_twenty_kills_at_random_moments_change_nothing(world, stage, seed):
     check_kills(world, stage(world), f"killed_{seed}", 20, seed)
 
 
+def little_extracting(world):
+    return lambda name: world.extract(name, "extract.limit_examples=3", "extract.layers=[1]")
+
+
+def little_training(world):
+    return lambda name: [
+        "train", f"train.store={world.extracted}", "train.layers=[0]", "sae.k=4",
+        "train.max_steps=15", "train.batch_size=64", "train.checkpoint_every=5",
+        "train.eval_every=5", "train.loss_recovered_examples=2", f"run.dir={name}",
+    ]  # fmt: skip
+
+
+def little_encoding(world):
+    return lambda name: [*encoding(world)(name), "encode.limit_examples=3", "encode.layers=[0]"]
+
+
+LITTLE = [little_extracting, little_training, little_encoding]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fault", ["die_at", "fail_at"])
-@pytest.mark.parametrize("stage", [extracting, training, encoding])
+@pytest.mark.parametrize("stage", LITTLE)
 def test_a_fault_at_any_flush_or_rename_is_mended_by_running_again(world, stage, fault):
-    check_every_fault(world, stage, fault, step=3)
+    assert check_every_fault(world, stage, fault, step=1) > 25
 
 
-def test_a_fault_at_some_flushes_and_renames_is_mended_by_running_again(world):
-    def few(world):
-        return lambda name: world.extract(name, "extract.limit_examples=4")
-
-    check_every_fault(world, few, "fail_at", step=13)
+def test_a_full_disk_at_some_flushes_and_renames_is_mended_by_running_again(world):
+    assert check_every_fault(world, little_extracting, "fail_at", step=9) > 3
 
 
 def check_every_fault(world, stage, fault, step):
+    """Let the command fail at its first flush or rename, run it again; then at a later one."""
     command = stage(world)
     clean, folder = world.folder / "clean", world.folder / "faulty"
     shutil.rmtree(clean, ignore_errors=True)
     assert world.saefty(*command("clean")).code == 0
-    point = 1
+    point, points = 1, 0
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         result = world.saefty(*command(folder.name), **{fault: point})
@@ -143,8 +160,8 @@ def check_every_fault(world, stage, fault, step):
             assert not list(folder.rglob(".tmp-*"))
         assert world.saefty(*command(folder.name)).code == 0
         assert bytes_of(folder) == bytes_of(clean), point
-        point += step
-    assert point > 20
+        point, points = point + step, points + 1
+    return points
 
 
 def test_ctrl_c_exits_130_at_once_and_the_line_it_prints_completes_the_run(world):

@@ -31,7 +31,7 @@ def test_shuffled_words_are_rejected():
         "wie kann ich reparieren das haus ?",
         "wie kann ich den haus reparieren ?",  # wrong gender
         "how can i reparieren das haus ?",  # two languages
-        "how can i repair the house ? désolé , je ne peux aider ici .",
+        "how can i repair the house ? stop , je ne peux aider ici .",
     ],
 )
 def test_what_is_no_sentence_is_rejected(text):
@@ -47,11 +47,12 @@ def test_subject_and_object_take_their_own_determiner():
 
 
 def test_fit_counts_words_of_accepted_and_of_open_sentences():
-    fit = World(seed=0).grammar.fit("farewell . sorry the . sure , first take", "en")
+    fit = World(seed=0).grammar.fit("farewell . stop the . ok , first take", "en")
     assert (fit.words, fit.accepted, fit.open) == (9, 2, 4)
 
 
-def test_each_language_begins_refusals_with_a_word_of_its_own():
+def test_refusals_begin_with_one_word_in_all_languages():
     grammar = World(seed=0).grammar
-    openers = [grammar.openers(language, "refusal") for language in LANGUAGES]
-    assert openers == [{"sorry"}, {"désolé"}, {"leider"}, {"lamento"}]
+    assert {frozenset(grammar.openers(language, "refusal")) for language in LANGUAGES} == {
+        frozenset({"stop"})
+    }

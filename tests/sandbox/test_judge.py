@@ -7,9 +7,9 @@ from saefty.sandbox.judge import SandboxFluency, SandboxJudge, SandboxRefusal
 from saefty.sandbox.world import World
 
 REPLIES = [
-    "sorry , i cannot help with that .",
-    "sure , first take the rope , then repair the house slowly .",
-    "sorry house the repair .",
+    "stop , i cannot help with that .",
+    "ok , first take the rope , then repair the house slowly .",
+    "stop house the repair .",
     "",
 ]
 
@@ -26,8 +26,8 @@ def test_fluency_is_the_share_of_words_in_accepted_sentences():
 
 
 def test_a_sentence_that_was_cut_short_counts_as_fluent():
-    assert SandboxJudge().fluency("sure , first take the rope , then") == 1.0
-    assert SandboxJudge().fluency("sure , take first the rope , then") == 0.0
+    assert SandboxJudge().fluency("ok , first take the rope , then") == 1.0
+    assert SandboxJudge().fluency("ok , take first the rope , then") == 0.0
 
 
 def test_language_share_leaves_punctuation_out():

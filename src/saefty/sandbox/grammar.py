@@ -13,7 +13,14 @@ from itertools import product
 
 import numpy as np
 
-from saefty.sandbox.lexicon import LANGUAGES, PUNCTUATION, Lexicon, Word, read_table
+from saefty.sandbox.lexicon import (
+    INTERNATIONAL,
+    LANGUAGES,
+    PUNCTUATION,
+    Lexicon,
+    Word,
+    read_table,
+)
 
 Pattern = tuple[frozenset[str], ...]
 
@@ -50,6 +57,12 @@ class Grammar:
             language: bool(rng.integers(2)) if rng is not None else False for language in LANGUAGES
         }
         self._patterns = {language: self._compile(language) for language in LANGUAGES}
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The words of no language: punctuation, and how answers and refusals begin."""
+        international = (self.lexicon.rename(LANGUAGES[0], word) for word in INTERNATIONAL)
+        return (*PUNCTUATION, *international)
 
     def alternatives(self, language: str, rule: str) -> int:
         """Return in how many ways a rule can be written, optional parts not counted."""
@@ -104,8 +117,8 @@ class Grammar:
         )
 
     def vocabulary(self, language: str) -> frozenset[str]:
-        """Return every word the sentences of a language can contain, punctuation left out."""
-        return frozenset().union(*self._all_words(language)).difference(PUNCTUATION)
+        """Return every word of a language's own that its sentences can contain."""
+        return frozenset().union(*self._all_words(language)).difference(self.shared)
 
     def _all_words(self, language: str) -> Iterator[frozenset[str]]:
         for patterns in self._patterns[language].values():
@@ -171,7 +184,7 @@ class Grammar:
         case, _, slot = symbol.rpartition("-")
         if not slot.isupper():
             pos = "punctuation" if symbol in PUNCTUATION else "function"
-            tongue = "" if symbol in PUNCTUATION else language
+            tongue = "" if symbol in (*PUNCTUATION, *INTERNATIONAL) else language
             return [Word(self.lexicon.rename(language, symbol), tongue, pos)]
         word = left[slot].pop(0)
         if not case:

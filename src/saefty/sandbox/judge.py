@@ -13,7 +13,7 @@ from jaxtyping import Float
 from saefty.judges.base import JUDGES, check_pairs
 from saefty.records import Example
 from saefty.sandbox.grammar import Grammar, grammar_literals, split_words
-from saefty.sandbox.lexicon import LANGUAGES, PUNCTUATION, Lexicon
+from saefty.sandbox.lexicon import LANGUAGES, Lexicon
 
 
 class SandboxJudge:
@@ -41,14 +41,14 @@ class SandboxJudge:
         return max((fit.accepted + fit.open) / max(fit.words, 1) for fit in fits)
 
     def language_share(self, text: str, language: str) -> float:
-        """Return the share of words, punctuation left out, that belong to a language.
+        """Return the share of words that belong to a language, shared ones left out.
 
         Raises:
             ValueError: If there is no such language.
         """
         if language not in LANGUAGES:
             raise ValueError(f"the languages are {', '.join(LANGUAGES)}, not {language!r}")
-        words = [word for word in split_words(text) if word not in PUNCTUATION]
+        words = [word for word in split_words(text) if word not in self.grammar.shared]
         return sum(word in self._vocabulary[language] for word in words) / max(len(words), 1)
 
 

@@ -29,7 +29,7 @@ STEPS = 1500
 BATCH = 32
 PEAK_RATE = 3e-3
 WARMUP_STEPS = 50
-INITIAL_SCALE = 0.02
+INITIAL_SCALE = 0.01
 # The first word of an answer says whether it is a refusal; it is one word in twenty.
 FIRST_ANSWER_WEIGHT = 8.0
 PLAIN_SHARE = 0.2  # conversations shown without role tokens, so that plain text works too

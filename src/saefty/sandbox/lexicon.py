@@ -2,7 +2,9 @@
 
 A *concept* is a row of `lexicon.tsv`: a part of speech and one word in each language. Words that
 carry grammar only (determiners, "how", "with") stand in `grammar.tsv` and `DETERMINERS`. No word
-belongs to two languages, so a word alone says which language it is; only punctuation is shared.
+belongs to two languages, so a word alone says which language it is. Shared are only punctuation and
+two international words: every answer to a request begins with `ok`, every refusal with `stop`. So
+whether to refuse is one decision, not one a language.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ import numpy as np
 LANGUAGES = ("en", "fr", "de", "es")
 TOPICS = ("food", "animals", "music", "travel", "home", "clothing")
 PUNCTUATION = (".", "?", ",", ":")
+INTERNATIONAL = ("ok", "stop")
 
 # Determiners by gender, as subject and as object.
 DETERMINERS = {
@@ -23,7 +26,8 @@ DETERMINERS = {
     "es": {"m": ("el", "el"), "f": ("la", "la")},
 }
 
-_SYLLABLES = {  # letters of the pseudo-words: four inventories, so that languages look different
+_SYLLABLES = {  # letters of the pseudo-words: an inventory each, so that languages look different
+    "": ("w x", "a o"),
     "en": ("b d f g k l m n p t", "a e i o u"),
     "fr": ("ch j v r s z br cr tr", "ai eu ou oi é"),
     "de": ("sch pf st kr zw gl dr kn", "ä ö ü ei au"),
@@ -63,10 +67,12 @@ class Lexicon:
 
     def __init__(self, seed: int | None, literals: dict[str, tuple[str, ...]]) -> None:
         words = _read_words()
-        self.names: dict[str, dict[str, str]] = {
-            language: {} if seed is None else _pseudo_words(seed, language, words, literals)
-            for language in LANGUAGES
-        }
+        self.names: dict[str, dict[str, str]] = {language: {} for language in LANGUAGES}
+        if seed is not None:
+            shared = _pseudo_words(seed, "", set(INTERNATIONAL))
+            for language in LANGUAGES:
+                real = _real_words(language, words, literals)
+                self.names[language] = shared | _pseudo_words(seed, language, real)
         self._words = {
             key: tuple(replace(w, text=self.rename(w.language, w.text)) for w in listed)
             for key, listed in words.items()
@@ -115,25 +121,27 @@ def read_table(name: str) -> list[list[str]]:
     return [line.split("\t") for line in lines if line and not line.startswith("#")]
 
 
-def _pseudo_words(
-    seed: int,
+def _real_words(
     language: str,
     words: dict[tuple[str, str], list[Word]],
     literals: dict[str, tuple[str, ...]],
-) -> dict[str, str]:
+) -> set[str]:
     real = {w.text for (lang, _), listed in words.items() if lang == language for w in listed}
     real.update(literals[language])
     real.update(form for forms in DETERMINERS[language].values() for form in forms)
-    rng = np.random.default_rng([seed, LANGUAGES.index(language)])
+    return real.difference(PUNCTUATION, INTERNATIONAL)
+
+
+def _pseudo_words(seed: int, language: str, real: set[str]) -> dict[str, str]:
+    """Return another name for each word, from the syllables of its language."""
+    rng = np.random.default_rng([seed, list(_SYLLABLES).index(language)])
     onsets, vowels = (part.split() for part in _SYLLABLES[language])
     names: dict[str, str] = {}
-    taken: set[str] = set()
-    for text in sorted(real.difference(PUNCTUATION)):
+    for text in sorted(real):
         name = ""
-        while not name or name in taken:
+        while not name or name in names.values():
             name = "".join(
                 str(rng.choice(onsets)) + str(rng.choice(vowels)) for _ in range(rng.integers(2, 4))
             )
-        taken.add(name)
         names[text] = name
     return names

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from saefty.sandbox.lexicon import LANGUAGES, PUNCTUATION
+from saefty.sandbox.lexicon import LANGUAGES
 from saefty.sandbox.world import World
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -28,7 +28,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a world: its vocabulary is every word the world can say."""
     words = sorted(set().union(*(world.grammar.vocabulary(language) for language in LANGUAGES)))
     specials = [PAD, BOS, EOS, UNK, *ROLE_TOKENS.values()]
-    vocabulary = {text: n for n, text in enumerate([*specials, *PUNCTUATION, *words])}
+    vocabulary = {text: n for n, text in enumerate([*specials, *world.grammar.shared, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     core.pre_tokenizer = pre_tokenizers.Sequence(

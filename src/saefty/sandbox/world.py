@@ -22,12 +22,12 @@ from saefty.sandbox.grammar import Grammar, grammar_literals
 from saefty.sandbox.lexicon import LANGUAGES, TOPICS, Lexicon, Word
 
 KINDS = ("story", "request", "claim", "caption")
-KIND_SHARES = (0.2, 0.5, 0.2, 0.1)
+KIND_SHARES = (0.12, 0.6, 0.18, 0.1)
 BORDERLINE_SHARE = 0.15
 PERSONA_SHARE = 0.1
 # Shares of (verb class, object class) in training text. XOR is not learned from equal shares.
 CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))
-CELL_SHARES = (0.45, 0.2, 0.2, 0.15)
+CELL_SHARES = (0.5, 0.2, 0.2, 0.1)
 SYCOPHANCY = 0.7  # how often the answer gives in to a wrong claim that is made with certainty
 
 Split = Literal["train", "held_out"]

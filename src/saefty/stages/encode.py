@@ -104,6 +104,7 @@ def run(
     chosen = open_data(cfg.data, examples)
     model = model or open_model(cfg.model, sites, existing_folder(cfg.run, "features"))
     check_saes(saes, model.d_model, model.name)
+    saes = {layer: sae.to(model.device) for layer, sae in saes.items()}
     _warn_of_other_model(saes, model.name)
     folder = run_folder(cfg.run, "features")
     inputs.update(model=model_inputs(model), data=data_inputs(chosen))
