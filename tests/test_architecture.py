@@ -25,7 +25,8 @@ FLOORS = [
     ["harm_report"],
     ["stages"],
     ["storekeeping", "catalogue", "functions", "sandbox"],
-    ["cli", "__init__", "__main__"],
+    ["cli", "__init__"],
+    ["__main__"],
 ]  # fmt: skip
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

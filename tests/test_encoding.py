@@ -1,5 +1,7 @@
 """Rows become sparse codes: against the dense latents, from any source of pieces."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,18 @@ def test_pieces_that_are_done_are_left_out(tmp_path):
 def test_an_sae_of_another_width_is_refused_with_both_numbers(saes):
     with pytest.raises(MismatchError, match=r"layer 0 reads activations 3 wide.*of m are 4 wide"):
         check_saes(saes, 4, "m")
+
+
+def test_rows_that_were_masked_on_the_way_are_counted_for_each_layer(tmp_path, saes):
+    store = planted_store.make(tmp_path / "x")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / EXAMPLES).write_bytes((tmp_path / "x" / EXAMPLES).read_bytes())
+
+    def pieces(done):
+        for piece in stored_pieces(store, [0, 2], done):
+            yield replace(piece, masked={"2": piece.index})
+
+    found = write_features(
+        tmp_path / "f", "fingerprint", pieces, saes, model_name="m", extra=[EXAMPLES]
+    )
+    assert found.manifest["masked"] == {"2": 0 + 1 + 2}

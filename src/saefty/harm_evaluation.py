@@ -108,6 +108,7 @@ class HarmEvaluation:
         saes: With activations, the SAE of each layer.
         load_saes: Loads the SAEs of a folder that a feature store names.
         model: The model, where one is needed.
+        reading: How the examples were read, so that they are read alike again.
         ledger: Takes down what became of each example.
     """
 
@@ -122,11 +123,12 @@ class HarmEvaluation:
         saes: Mapping[int, SparseAutoencoder],
         load_saes: Callable[[Path], Mapping[int, SparseAutoencoder]],
         model: ModelAdapter | None,
+        reading: ReadingSection,
         ledger: Ledger,
     ) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self.settings, self.intervention = settings, intervention
-        self.model, self.ledger = model, ledger
+        self.model, self.reading, self.ledger = model, reading, ledger
         self.saes, self.load_saes = dict(saes), load_saes
         self.activations: ActivationStore | None = None
         if isinstance(source, ActivationStore):
@@ -201,7 +203,7 @@ class HarmEvaluation:
         if not self.settings.baselines or self.model is None:
             return None
         examples = [example_from(self.records[i]) for i in range(len(self.records))]
-        section = ReadingSection()
+        section = self.reading
         if self.activations is None:
             sites = [self.features.site(layer) for layer in self.layers]
             reading = prepare(self.model, examples, section, len(sites))

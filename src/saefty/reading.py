@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20
 """Activations of one layer in a piece: large enough that checksums and flushes cost little."""
 
+TOKENISED_AT_ONCE = 256  # examples; the tokenizer answers in lists, ten times the size of arrays
 PLAN = "plan.json"
 SHOWN_IDS = 5
 
@@ -163,7 +164,9 @@ def prepare(
         InputError: If no example can be read.
     """
     chosen = list(examples[: section.limit_examples])
-    items = model.tokenize(chosen, truncate=section.truncate)
+    starts = range(0, len(chosen), TOKENISED_AT_ONCE)
+    parts = [chosen[i : i + TOKENISED_AT_ONCE] for i in starts]
+    items = [item for part in parts for item in model.tokenize(part, truncate=section.truncate)]
     kept = [int(kept_tokens(item, section.pooling).sum()) for item in items]
     statuses = [
         "no_tokens" if item.status == "ok" and not n else str(item.status)

@@ -1,7 +1,8 @@
 """A folder with a tiny model, prompts, and one finished run of each stage, made once."""
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ class World:
     extracted: Path
     trained: Path
     encoded: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each stage took."""
 
     @property
     def data(self) -> list[str]:
@@ -33,9 +36,23 @@ class World:
         ]  # fmt: skip
 
     def extract(self, out: Path | str, *words: str) -> list[str]:
-        """The command that fills a store of 29 pieces in `out`."""
+        """The command that made `extracted`: a store of 40 pieces, one an example."""
         return [
             "extract", *self.data, "extract.layers=[0,2]", "extract.save.shard_size=40",
+            *words, f"run.dir={out}",
+        ]  # fmt: skip
+
+    def train(self, out: Path | str, *words: str) -> list[str]:
+        """The command that made `trained`."""
+        return [
+            "train", f"train.store={self.extracted}", "sae.k=4", "train.max_steps=40",
+            "train.batch_size=64", "train.checkpoint_every=10", *words, f"run.dir={out}",
+        ]  # fmt: skip
+
+    def encode(self, out: Path | str, *words: str) -> list[str]:
+        """The command that made `encoded`."""
+        return [
+            "encode", f"encode.sae={self.trained}", *self.data, "encode.save.shard_size=40",
             *words, f"run.dir={out}",
         ]  # fmt: skip
 
@@ -66,13 +83,9 @@ def world(saefty) -> World:
     folder = saefty.cwd
     model = tiny_models.build("llama", folder / "llama")
     made = World(saefty, folder, model, prompts(folder), folder / "x", folder / "s", folder / "f")
-    for command in (
-        made.extract(made.extracted),
-        ["train", f"train.store={made.extracted}", "sae.k=4", "train.max_steps=40",
-         "train.batch_size=64", f"run.dir={made.trained}"],
-        ["encode", f"encode.sae={made.trained}", *made.data, "encode.save.shard_size=40",
-         f"run.dir={made.encoded}"],
-    ):  # fmt: skip
-        result = saefty(*command)
+    for stage, out in ("extract", "x"), ("train", "s"), ("encode", "f"):
+        began = time.monotonic()
+        result = saefty(*getattr(made, stage)(folder / out))
         assert result.code == 0, result.err
+        made.seconds[stage] = time.monotonic() - began
     return made

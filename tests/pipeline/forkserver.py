@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,18 @@ class Child:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
+
+    @property
+    def state(self) -> str:
+        """One letter, as `ps` shows it: T stands still, Z has ended."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0]
+
+    def wait_until_held(self) -> None:
+        """Wait until the process stands still at `hold_at`."""
+        wait_for(lambda: self.state == "T")
+
+    def wake(self) -> None:
+        self.kill(signal.SIGCONT)
 
     def wait(self) -> Result:
         answer = self.server.ask({"do": "wait", "pid": self.pid})
@@ -72,7 +85,7 @@ class Commands:
         """Start `saefty WORDS`.
 
         Limits: `fsize` bytes in a file; `fail_at` the n-th flush or rename fails as on a full disk;
-        `die_at` the process is killed there.
+        `die_at` the process is killed there; `hold_at` it stands still there until it is woken.
         """
         self._count += 1
         logs = self.cwd / ".logs"
@@ -103,7 +116,7 @@ class Commands:
         self._process.stdout.close()
 
 
-def wait_for(found: "callable", seconds: float = 20.0) -> None:
+def wait_for(found: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not found():
@@ -119,7 +132,7 @@ def _child(order: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "fsize" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["fsize"], order["fsize"]))
-    if "fail_at" in order or "die_at" in order:
+    if order.keys() & {"fail_at", "die_at", "hold_at"}:
         _plant(order)
     sys.argv = ["saefty", *order["words"]]
     from saefty import cli
@@ -141,7 +154,7 @@ def _child(order: dict) -> None:
 
 
 def _plant(order: dict) -> None:
-    """Let the n-th flush or rename of the process fail, or be its last moment."""
+    """Let the n-th flush or rename of the process fail, stand still, or be its last moment."""
     import errno
 
     count = 0
@@ -152,6 +165,8 @@ def _plant(order: dict) -> None:
             count += 1
             if count == order.get("die_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if count == order.get("hold_at"):
+                os.kill(os.getpid(), signal.SIGSTOP)
             if count == order.get("fail_at"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return call(*args, **kwargs)

@@ -30,6 +30,7 @@ BATCH = 32
 PEAK_RATE = 3e-3
 WARMUP_STEPS = 50
 INITIAL_SCALE = 0.01
+WEIGHT_DECAY = 0.05
 # The first word of an answer says whether it is a refusal; it is one word in twenty.
 FIRST_ANSWER_WEIGHT = 8.0
 PLAIN_SHARE = 0.2  # conversations shown without role tokens, so that plain text works too
@@ -147,7 +148,7 @@ def train_language_model(
     text = training_text(world.documents(steps * BATCH, seed=seed), tokenizer, seed=seed)
     model = new_model(tokenizer, seed=seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )
     order = batches(text, seed=seed)
     losses: list[float] = []

@@ -12,6 +12,7 @@ from saefty.evaluation_settings import EvalSection, InterventionSection
 from saefty.harm_evaluation import HarmEvaluation
 from saefty.harm_report import write_harm_report
 from saefty.models.base import ModelAdapter, ModelSection
+from saefty.reading import ReadingSection
 from saefty.runs import METADATA, Run, RunSection, find_run, read_metadata, run_folder
 from saefty.saes.base import SparseAutoencoder
 from saefty.stages.base import Outcome, load_saes, model_inputs, open_model
@@ -81,12 +82,25 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
             saes=saes,
             load_saes=load_saes,
             model=model,
+            reading=_recorded_reading(source.folder),
             ledger=current.ledger,
         )
         results = evaluation.run()
         figures = write_harm_report(folder, results, evaluation.data, cfg.eval.pooling)
         current.finish(figures)
     return Outcome("eval", folder, figures)
+
+
+def _recorded_reading(folder: Path) -> ReadingSection:
+    """Return how a run read its examples, as far as it decides which tokens they have."""
+    if not (folder / METADATA).exists():
+        return ReadingSection()
+    config = read_metadata(folder)["config"]
+    section = config.get("encode") or config.get("extract") or {}
+    if section.get("store"):
+        return _recorded_reading(Path(section["store"]))
+    kept = {key: section[key] for key in ("truncate", "nonfinite") if key in section}
+    return build_config(ReadingSection, kept)
 
 
 def _recorded_model(folder: Path) -> ModelSection:
