@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo demo-short test lint types slow parity clean
 
 demo: $(INSTALLED)
-	$(BIN)/saefty demo --out artifacts/demo
+	$(BIN)/saefty demo --quiet --out artifacts/demo
 
 demo-short: $(INSTALLED)
 	$(BIN)/saefty demo --short --out artifacts/demo-short

@@ -8,9 +8,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked in every test; an int may stand for a float.
-install_import_hook(
-    "saefty", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook("saefty", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -31,8 +31,8 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 SHARED = {
-    "models": {"base", "hooks", "batching", "text", "checkpoint"},
-    "saes": {"base", "scaler", "gradients"},
+    "models": {"base", "hooks", "batching", "text", "checkpoint", "selfcheck"},
+    "saes": {"base", "scaler", "threshold"},
     "stores": {"base", "activations", "features"},
     "metrics": {"base", "intervals"},
     "sandbox": None,  # one small world in several files: they may import each other

@@ -222,6 +222,18 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch,
     assert files(tmp_path / "whole") == files(tmp_path / "pieces")
 
 
+@pytest.mark.parametrize("arch", ["gated", "jumprelu", "matryoshka", "relu"])
+def test_what_trains_by_autograd_resumes_to_the_same_bytes_too(tmp_path, monkeypatch, arch):
+    sae = SaeSection(arch=arch, k=2, expansion_factor=(2, 3))
+    train(tmp_path / "whole", sae=sae)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 35)
+        with pytest.raises(Stopped):
+            train(tmp_path / "pieces", sae=sae)
+    train(tmp_path / "pieces", sae=sae)
+    assert files(tmp_path / "whole") == files(tmp_path / "pieces")
+
+
 def test_resuming_takes_only_the_steps_that_are_left(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 47)

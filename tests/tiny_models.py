@@ -1,9 +1,11 @@
-"""Tiny random models of four families, saved as Hugging Face folders with tokenizers of their own.
+"""Tiny random models of every tested family, saved as Hugging Face folders with tokenizers.
 
 The tokenizer is a byte-level BPE trained on a few English sentences, so Korean, Japanese and
-Russian fall apart into bytes. The families differ as their originals do: Llama's and Gemma's
+Russian fall apart into bytes. `FAMILIES` differ as their originals do: Llama's and Gemma's
 tokenizers add a BOS and their templates write one too; GPT-2's has a BOS it does not add and no
 template; Qwen's has none. Gemma's template trims contents and refuses a system turn.
+`CAUSAL_FAMILIES`, of which the others take one of those tokenizers, are for what depends on how a
+family computes. BERT's tokenizer puts [CLS] and [SEP] around a text.
 """
 
 import tempfile
@@ -18,6 +20,20 @@ from saefty.models.base import ModelAdapter, load_model
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-models-")
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen3")
+PARALLEL = ("phi", "gpt_neox", "gptj")
+CAUSAL_FAMILIES = (
+    *FAMILIES, "mistral", "gemma", "gemma3_text", "qwen2", "qwen3_moe", "phi3", "olmo2", "opt",
+    *PARALLEL,
+)  # fmt: skip
+TOKENIZERS = {
+    "mistral": "llama",
+    "gemma": "gemma2",
+    "gemma3_text": "gemma2",
+    "qwen2": "qwen3",
+    "qwen3_moe": "qwen3",
+    "phi3": "llama",
+    **dict.fromkeys(("olmo2", "opt", *PARALLEL), "gpt2"),
+}
 N_LAYERS, D_MODEL, MAX_LENGTH = 3, 32, 96
 
 CORPUS = (
@@ -56,6 +72,9 @@ TEMPLATES = {"llama": LLAMA_TEMPLATE, "gemma2": GEMMA_TEMPLATE, "qwen3": QWEN_TE
 
 def tokenizer_of(family: str) -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer that treats BOS, end of text and chats as the family's does."""
+    if family == "bert":
+        return _bert_tokenizer()
+    family = TOKENIZERS.get(family, family)
     bos, eos, others = SPECIALS[family]
     specials = list(dict.fromkeys([token for token in (bos, eos, *others) if token]))
     inner = Tokenizer(models.BPE())
@@ -87,17 +106,27 @@ def tokenizer_of(family: str) -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _bert_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.WordPieceTrainer(vocab_size=200, special_tokens=names, show_progress=False),
+    )
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    named = {f"{name[1:-1].lower()}_token": name for name in names}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
+
+
 def config_of(family: str, vocab_size: int) -> transformers.PretrainedConfig:
     """Return the family's configuration: 3 blocks, 32 wide."""
-    if family == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=D_MODEL,
-            n_layer=N_LAYERS,
-            n_head=4,
-            n_positions=MAX_LENGTH,
-            bos_token_id=0,
-            eos_token_id=0,
+    if family in {"gpt2", "gptj"}:
+        sizes = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": MAX_LENGTH}
+        sizes |= {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+        return transformers.AutoConfig.for_model(
+            family, **sizes, **({"rotary_dim": 4} if family == "gptj" else {})
         )
     sizes = {
         "vocab_size": vocab_size,
@@ -105,18 +134,40 @@ def config_of(family: str, vocab_size: int) -> transformers.PretrainedConfig:
         "intermediate_size": 64,
         "num_hidden_layers": N_LAYERS,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
         "max_position_embeddings": MAX_LENGTH,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if family == "llama":
-        return transformers.LlamaConfig(**sizes)
-    if family == "gemma2":
-        return transformers.Gemma2Config(**sizes, sliding_window=8, query_pre_attn_scalar=8)
-    return transformers.Qwen3Config(**sizes)
+    grouped = {"num_key_value_heads": 2}
+    full = {**grouped, "head_dim": 8}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    own = {
+        "llama": full,
+        "gemma": full,
+        "qwen3": full,
+        "mistral": {**full, "sliding_window": 8},
+        "gemma2": {**full, "sliding_window": 8, "query_pre_attn_scalar": 8},
+        "gemma3_text": {
+            **full,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "layer_types": kinds,
+        },
+        "qwen3_moe": {
+            **full,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        **dict.fromkeys(("qwen2", "phi", "phi3", "olmo2"), grouped),
+        "gpt_neox": {},
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": D_MODEL},
+        "bert": {"pad_token_id": 0},
+    }[family]
+    if family == "opt":
+        del sizes["intermediate_size"]
+    return transformers.AutoConfig.for_model(family, **{**sizes, **own})
 
 
 def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -125,12 +176,13 @@ def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed
     config = config_of(family, len(tokenizer))
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or "ln_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))  # norms that do something
-            elif weight.ndim == 2:
+            elif weight.ndim >= 2:
                 weight.copy_(0.15 * torch.randn_like(weight))  # replies that depend on the prompt
     torch.random.set_rng_state(state)
     model.save_pretrained(folder)

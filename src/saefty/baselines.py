@@ -2,8 +2,8 @@
 
 A latent that tells harmful from harmless means little by itself: in a model that knows harm, a
 random direction may tell it too. So the same question is put, on the same split, to the words
-alone, to a dense probe, to a random SAE of the same shape and L0, to single neurons, and to shuffled
-labels.
+alone, to a dense probe, to a random SAE of the same shape and L0, to single neurons, and to
+shuffled labels.
 """
 
 from collections.abc import Iterator, Sequence

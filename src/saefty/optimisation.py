@@ -109,6 +109,7 @@ class Trainee:
         sae.b_dec.copy_(x.mean(dim=0))
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_enc.copy_(-(sae.b_dec @ sae.W_enc))
+        sae.begin()
         code = sae.training_code(x, self.kernels)
         z = sae.activate_in_training(x @ sae.W_enc + sae.b_enc) if code is None else code
         explained = sae.decode(z) - sae.b_dec
@@ -116,6 +117,7 @@ class Trainee:
         factor = float(((x - sae.b_dec) * explained).sum()) / power if power > 0 else 1.0
         sae.W_enc.mul_(factor)
         sae.b_enc.mul_(factor)
+        sae.begin()
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "rows d_in"], step: int) -> dict[str, float]:
@@ -133,6 +135,7 @@ class Trainee:
             NumericError: If loss or gradient is not finite; the weights are as before the step.
         """
         dead = self.dead
+        self.sae.schedule(step, self.n_steps)
         result = training_step(self.sae, x, dead, self.kernels)
         gradients = result.gradients
         if self.sae.unit_decoder:

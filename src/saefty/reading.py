@@ -25,6 +25,7 @@ from saefty.errors import InputError, NumericError
 from saefty.log import progress
 from saefty.models.base import ModelAdapter, TokenizedExample
 from saefty.models.batching import DEFAULT_TOKEN_BUDGET, plan_batches
+from saefty.models.selfcheck import check_unlisted
 from saefty.records import ROLES, Example, Site, example_record
 from saefty.runs import Ledger
 from saefty.stores.activations import ROW_COLUMNS, RowTable
@@ -207,12 +208,14 @@ def read_pieces(
 
     Raises:
         NumericError: If an activation is not finite and `nonfinite` is `stop`.
+        MismatchError: If the model is of a family that is not listed and its blocks are misread.
     """
     lengths = [
         sum(len(reading.items[i].ids) for batch in batches for i in batch)
         for batches in reading.plan.pieces
     ]
     before = sum(lengths[index] for index in done)
+    checked = False
     with progress("reading", sum(lengths), "tokens", done=before) as bar:
         for index, batches in enumerate(reading.plan.pieces):
             if index in done:
@@ -221,7 +224,12 @@ def read_pieces(
             for batch in batches:
                 parts.update(_read_batch(model, reading.items, batch, sites, section.pooling))
                 bar.advance(sum(len(reading.items[i].ids) for i in batch))
-            yield _assemble(index, parts, reading.items, sites, section)
+            piece = _assemble(index, parts, reading.items, sites, section)
+            if not checked and not piece.masked:
+                first = [reading.items[i] for i in batches[0][:2]]
+                check_unlisted(model, model.collate(first), sites)
+                checked = True
+            yield piece
 
 
 def count_masked(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -257,13 +257,26 @@ class _Pass:
             record = {"step": step, "held_out_fvu": figures.fvu, "held_out_l0": figures.l0_mean}
             fsio.append_line(pupil.folder / TRAIN_LOG, record)
             stopping = pupil.stopping
-            if stopping.is_best(step, figures.fvu):
+            if stopping.is_best(step, self._score(pupil, figures.fvu)):
                 save_tensors(self._best(pupil), pupil.trainee.weights())
             elif stopping.stopped_at:
                 log.info(
-                    "layer %d, k %d: stopped at step %d; FVU was best, %.4f, at step %d",
+                    "layer %d, k %d: stopped at step %d; the score was best, %.4f, at step %d",
                     self.layer, pupil.config.k, step, stopping.best_fvu, stopping.best_step,
                 )  # fmt: skip
+
+    def _score(self, pupil: _Pupil, fvu: float | None) -> float | None:
+        """Return what early stopping watches: FVU, or the loss where a penalty trades it for L0.
+
+        While the penalty still grows, losses of different steps cannot be compared: None.
+        """
+        sae = pupil.trainee.sae
+        if sae.uses_k:
+            return fvu
+        if sae.penalty_share < 1:
+            return None
+        losses = [float(sae.loss(x).total) * len(x) for x in self.held_out.split(self.size)]
+        return sum(losses) / len(self.held_out)
 
     def _finish(self, pupil: _Pupil, step: int) -> None:
         stopping = pupil.stopping

@@ -39,7 +39,9 @@ def test_latents_are_non_negative(sae):
     assert (sae.encode(rows()) >= 0).all()
 
 
-def test_about_k_latents_fire(sae):
+def test_about_k_latents_fire_where_k_decides(sae):
+    if not sae.uses_k:
+        pytest.skip("a penalty decides how many latents fire")
     l0 = (sae.encode(rows()) > 0).sum(dim=1).float().mean()
     assert 0.5 * K < l0 < 1.5 * K
 
@@ -121,11 +123,17 @@ def test_gradients_equal_autograd_on_the_loss_in_float64(sae, kernels, dead):
 
 
 def test_the_gradient_is_that_of_the_loss_by_finite_differences(sae):
-    """A second, independent way: the loss itself, at weights moved along a random direction."""
+    """A second, independent way: the loss itself, at weights moved along a random direction.
+
+    Left out is what a paper estimates or holds constant; tests/saes checks it by its formula.
+    """
+    left_out = {"jumprelu": {"threshold"}, "gated": {"W_dec", "b_dec"}}.get(sae.config.arch, set())
     sae, x = sae.double(), rows(50).double()
     step = training_step(sae, x, NO_LATENT, KERNELS["torch_sparse"]())
     generator = torch.Generator().manual_seed(3)
     for name, parameter in sae.named_parameters():
+        if name in left_out:
+            continue
         direction = torch.randn(parameter.shape, generator=generator).double()
         gradient = step.gradients[name].T if name == "W_enc" else step.gradients[name]
         with torch.no_grad():

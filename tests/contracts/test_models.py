@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import tiny_models
+from saefty.errors import MismatchError
 from saefty.models.base import Positions
+from saefty.models.selfcheck import LISTED_FAMILIES
 from saefty.records import PARTS, Example, Site
 
 EXAMPLES = [
@@ -19,22 +21,34 @@ EXAMPLES = [
 LAYERS = range(tiny_models.N_LAYERS)
 
 # By family: the blocks, then in a block: attention, norm before the MLP, MLP, and post-norms.
+PLAIN = ("model.layers", "self_attn", "post_attention_layernorm", "mlp", None, None)
+POST = ("post_attention_layernorm", "post_feedforward_layernorm")
+SANDWICH = ("model.layers", "self_attn", "pre_feedforward_layernorm", "mlp", *POST)
 NAMES = {
-    "llama": ("model.layers", "self_attn", "post_attention_layernorm", "mlp", None, None),
-    "qwen3": ("model.layers", "self_attn", "post_attention_layernorm", "mlp", None, None),
+    **dict.fromkeys(("llama", "mistral", "gemma", "qwen2", "qwen3", "qwen3_moe", "phi3"), PLAIN),
+    **dict.fromkeys(("gemma2", "gemma3_text"), SANDWICH),
+    "olmo2": ("model.layers", "self_attn", None, "mlp", *POST),
     "gpt2": ("transformer.h", "attn", "ln_2", "mlp", None, None),
-    "gemma2": (
-        "model.layers",
-        "self_attn",
-        "pre_feedforward_layernorm",
-        "mlp",
-        "post_attention_layernorm",
-        "post_feedforward_layernorm",
-    ),
+    "opt": ("model.decoder.layers", "self_attn", "final_layer_norm", "fc1 and fc2", None, None),
+    # Attention and MLP both read the norm of the block's input.
+    "phi": ("model.layers", "self_attn", "input_layernorm", "mlp", None, None),
+    "gpt_neox": ("gpt_neox.layers", "attention", "post_attention_layernorm", "mlp", None, None),
+    "gptj": ("transformer.h", "attn", "ln_1", "mlp", None, None),
 }
+BETWEEN = ("post_attn_resid", "post_attn_ln")
 
 
-@pytest.fixture(params=tiny_models.FAMILIES)
+def parts_of(family):
+    return [part for part in PARTS if part not in BETWEEN or family not in tiny_models.PARALLEL]
+
+
+def every(*wanted):
+    """Run a test for each family with each of the parts that it has."""
+    pairs = [(f, p) for f in tiny_models.CAUSAL_FAMILIES for p in parts_of(f) if p in wanted]
+    return pytest.mark.parametrize(("family", "part"), pairs)
+
+
+@pytest.fixture(params=tiny_models.CAUSAL_FAMILIES)
 def family(request):
     return request.param
 
@@ -57,6 +71,15 @@ def first(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def call(block, name, x):
+    """Return what a child of a block computes; a name that is None leaves `x` as it is."""
+    if name is None:
+        return x
+    if name == "fc1 and fc2":
+        return block.fc2(block.activation_fn(block.fc1(x)))
+    return first(getattr(block, name)(x))
+
+
 @torch.no_grad()
 def by_hand(model, family, batch, layer):
     """Compute all parts of a block from its true input and what its attention module returned."""
@@ -73,11 +96,10 @@ def by_hand(model, family, batch, layer):
     )
     for handle in handles:
         handle.remove()
-    attn_out = getattr(block, post_attn)(seen["attn"]) if post_attn else seen["attn"]
+    attn_out = call(block, post_attn, seen["attn"])
     between = seen["x"] + attn_out
-    read = getattr(block, norm)(between)
-    mlp_out = getattr(block, mlp)(read)
-    mlp_out = getattr(block, post_mlp)(mlp_out) if post_mlp else mlp_out
+    read = call(block, norm, seen["x"] if family in tiny_models.PARALLEL else between)
+    mlp_out = call(block, post_mlp, call(block, mlp, read))
     torch.testing.assert_close(between + mlp_out, seen["y"])  # the arithmetic is the block's
     return {
         "resid_pre": seen["x"],
@@ -92,8 +114,9 @@ def by_hand(model, family, batch, layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_part_is_what_the_block_computes(model, family, batch, layer):
     truth = by_hand(model, family, batch, layer)
-    captured = model.capture(batch, [Site(layer, part) for part in PARTS])
-    for part in PARTS:
+    parts = parts_of(family)
+    captured = model.capture(batch, [Site(layer, part) for part in parts])
+    for part in parts:
         torch.testing.assert_close(captured[Site(layer, part)], truth[part], msg=part)
 
 
@@ -136,10 +159,10 @@ def test_the_output_of_a_block_is_the_input_of_the_next(model, batch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_rows_read_alone(model, side):
+def test_padded_rows_equal_rows_read_alone(model, family, side):
     items = model.tokenize(EXAMPLES)
     together = model.collate(items, side=side)
-    sites = [Site(layer, part) for layer in LAYERS for part in PARTS]
+    sites = [Site(layer, part) for layer in LAYERS for part in parts_of(family)]
     captured = model.capture(together, sites)
     for row, item in enumerate(items):
         alone = model.capture(model.collate([item]), sites)
@@ -178,14 +201,14 @@ def test_capture_stops_before_what_it_does_not_need(model, family, batch):
         handle.remove()
 
 
-@pytest.mark.parametrize("part", PARTS)
+@every(*PARTS)
 def test_an_identity_edit_leaves_the_logits_bit_equal(model, batch, part):
     before = model.logits(batch)
     with model.intervene(Site(1, part), lambda x, positions: x):
         assert torch.equal(model.logits(batch), before)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@every(*PARTS)
 def test_writing_back_what_was_captured_changes_nothing(model, batch, part):
     before = model.logits(batch)
     site = Site(1, part)
@@ -194,7 +217,7 @@ def test_writing_back_what_was_captured_changes_nothing(model, batch, part):
         torch.testing.assert_close(model.logits(batch), before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@every(*PARTS)
 def test_writing_back_the_neighbour_changes_the_logits(model, batch, part):
     before = model.logits(batch)[batch.mask]
     captured = model.capture(batch, [Site(0, part)])[Site(0, part)]
@@ -202,11 +225,14 @@ def test_writing_back_the_neighbour_changes_the_logits(model, batch, part):
         assert (model.logits(batch)[batch.mask] - before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_an_edit_is_seen_at_its_site_and_only_behind_it(model, batch, part):
+@every(*PARTS)
+def test_an_edit_is_seen_at_its_site_and_only_behind_it(model, family, batch, part):
     """Adding 1 at a site adds 1 there, and leaves what the model computed before it."""
-    site, order = Site(1, part), ["resid_pre", "attn_out", "post_attn_resid", "post_attn_ln"]
-    order += ["mlp_out", "resid_post"]
+    site = Site(1, part)
+    order = ["resid_pre", "attn_out", "post_attn_resid", "post_attn_ln", "mlp_out", "resid_post"]
+    order = [name for name in order if name in parts_of(family)]
+    if NAMES[family][2] is None and part == "post_attn_ln":
+        order.remove("post_attn_resid")  # the MLP reads the residual itself: one tensor, two names
     sites = [Site(0), *(Site(1, name) for name in order)]
     before = model.capture(batch, sites)
     with model.intervene(site, lambda x, positions: x + 1):
@@ -219,16 +245,16 @@ def test_an_edit_is_seen_at_its_site_and_only_behind_it(model, batch, part):
         assert (after[Site(1)] - before[Site(1)]).abs().max() > 0.5
 
 
-def test_an_edit_between_attention_and_mlp_reaches_both_readers(model, family, batch):
+@every("post_attn_resid")
+def test_an_edit_between_attention_and_mlp_reaches_both_readers(model, family, batch, part):
     """The block's output is edited residual + MLP(norm(edited residual)), worked out by hand."""
     _, _, norm, mlp, _, post_mlp = NAMES[family]
     block = model.model.get_submodule(f"{NAMES[family][0]}.1")
-    site = Site(1, "post_attn_resid")
+    site = Site(1, part)
     shift = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
     edited = model.capture(batch, [site])[site] + shift
     with torch.no_grad():
-        mlp_out = getattr(block, mlp)(getattr(block, norm)(edited))
-        expected = edited + (getattr(block, post_mlp)(mlp_out) if post_mlp else mlp_out)
+        expected = edited + call(block, post_mlp, call(block, mlp, call(block, norm, edited)))
     with model.intervene(site, lambda x, positions: x + shift):
         found = model.capture(batch, [Site(1)])[Site(1)]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -245,9 +271,10 @@ def test_nested_edits_apply_from_the_outside_in(model, batch):
     torch.testing.assert_close(after, (before + 1) * 2)
 
 
-def test_an_outer_edit_of_the_output_comes_behind_an_inner_one_within_the_block(model, batch):
+@every("post_attn_resid", "mlp_out")
+def test_an_outer_edit_of_the_output_comes_behind_an_inner_one(model, batch, part):
     """What the model computes first is edited first, in whatever order the contexts nest."""
-    between, after = Site(1, "post_attn_resid"), Site(1)
+    between, after = Site(1, part), Site(1)
     with model.intervene(between, lambda x, positions: x + 1):
         inner = model.capture(batch, [after])[after]
     with (
@@ -310,7 +337,7 @@ def strong(x, positions):
     return x + 0.5 * x.roll(1, dims=-1) * positions.mask[..., None]
 
 
-@pytest.mark.parametrize("part", ["resid_post", "post_attn_resid", "mlp_out"])
+@every("resid_post", "post_attn_resid", "mlp_out")
 def test_generation_with_a_cache_equals_generation_without_under_an_edit(model, part):
     prompts = [Example(e.id, e.prompt, raw=e.raw) for e in EXAMPLES]
     plain = model.generate(prompts, max_new_tokens=10)
@@ -397,7 +424,12 @@ def test_an_edit_holds_under_the_generate_of_transformers(model):
 
     with model.intervene(Site(1), watch):
         theirs = model.model.generate(
-            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=mask,
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=model.tokenizer.eos_token_id,
         )
         ours = model.generate([item.example], max_new_tokens=5)
     assert seen[0].mask.tolist() == mask.bool().tolist()
@@ -430,10 +462,30 @@ def test_bfloat16_is_kept_and_finite(family):
     model = tiny_models.load(family, torch.bfloat16)
     batch = model.collate(model.tokenize(EXAMPLES))
     assert model.dtype == torch.bfloat16
-    captured = model.capture(batch, [Site(layer, part) for layer in LAYERS for part in PARTS])
+    captured = model.capture(
+        batch, [Site(layer, part) for layer in LAYERS for part in parts_of(family)]
+    )
     for site, x in captured.items():
         assert x.dtype == torch.bfloat16, site
         assert x[batch.mask].isfinite().all(), site
     assert model.loss(batch).dtype == torch.float32
     with model.intervene(Site(1), lambda x, positions: x.float() + 1):
         assert model.logits(batch).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", BETWEEN)
+@pytest.mark.parametrize("family", tiny_models.PARALLEL)
+def test_parallel_families_refuse_what_lies_between_and_say_what_there_is(model, batch, part):
+    offer = "attn_out or resid_post"
+    with pytest.raises(MismatchError, match=f"{part} does not exist in .* models") as error:
+        model.capture(batch, [Site(1, part)])
+    assert offer in str(error.value)
+    with (
+        pytest.raises(MismatchError, match="run in parallel"),
+        model.intervene(Site(1, part), lambda x, positions: x),
+    ):
+        pass
+
+
+def test_every_listed_family_is_tested_here():
+    assert {*tiny_models.CAUSAL_FAMILIES, "bert"} == LISTED_FAMILIES

@@ -89,7 +89,11 @@ def test_a_folder_without_a_tokenizer_is_refused(folder, read):
 @pytest.mark.parametrize("read", [inspect_model, load_model])
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
-    [("llama", "LlamaModel"), ("bert", "BertModel"), ("llama", "LlamaForSequenceClassification")],
+    [
+        ("llama", "LlamaModel"),
+        ("roberta", "RobertaModel"),
+        ("llama", "LlamaForSequenceClassification"),
+    ],
 )
 def test_a_model_without_a_language_model_head_is_refused(folder, read, model_type, architecture):
     change(folder, model_type=model_type, architectures=[architecture])

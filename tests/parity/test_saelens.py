@@ -26,19 +26,23 @@ ENCODE = """
 import sys
 import numpy as np, torch
 from sae_lens import SAE
-folder, x, out = sys.argv[1:]
-sae = SAE.load_from_disk(folder)
+x, *pairs = sys.argv[1:]
 x = torch.from_numpy(np.load(x))
-with torch.no_grad():
-    z = sae.encode(x)
-    np.savez(out, z=z.numpy(), x_hat=sae.decode(z).numpy(), hook=sae.cfg.metadata.hook_name,
-             model=sae.cfg.metadata.model_name)
+for folder, out in zip(pairs[::2], pairs[1::2]):
+    sae = SAE.load_from_disk(folder)
+    with torch.no_grad():
+        z = sae.encode(x)
+        np.savez(out, z=z.numpy(), x_hat=sae.decode(z).numpy(), hook=sae.cfg.metadata.hook_name,
+                 model=sae.cfg.metadata.model_name)
 """
 
 WRITE = """
 import sys
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    GatedSAE, GatedSAEConfig, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig,
+    TopKSAE, TopKSAEConfig,
+)
 torch.manual_seed(0)
 for rescale in (False, True):
     for b_dec in (False, True):
@@ -49,6 +53,16 @@ for rescale in (False, True):
         for value in sae.parameters():
             value.data = torch.randn_like(value)
         sae.save_model(f"{sys.argv[1]}/topk_{int(rescale)}_{int(b_dec)}")
+others = {"standard": (StandardSAE, StandardSAEConfig), "gated": (GatedSAE, GatedSAEConfig),
+          "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig)}
+for name, (make, config) in others.items():
+    for b_dec in (False, True):
+        cfg = config(d_in=24, d_sae=96, apply_b_dec_to_input=b_dec)
+        cfg.metadata.hook_name = "blocks.4.hook_resid_post"
+        sae = make(cfg)
+        for value in sae.parameters():
+            value.data = torch.randn_like(value)
+        sae.save_model(f"{sys.argv[1]}/{name}_{int(b_dec)}")
 """
 
 
@@ -82,6 +96,8 @@ def saved(request, tmp_path):
     with torch.no_grad():
         for value in sae.parameters():
             value.copy_(torch.randn(value.shape, generator=generator))
+        if "r_mag" in sae.state_dict():
+            sae.r_mag.abs_().neg_()  # above 0 it would enlarge both programs' rounding
         sae.calibrate(scaler.apply(rows(5000, seed=2)))
     sae = sae.folded(scaler)
     sae.site, sae.metadata = Site(7), {"model_name": "tiny"}
@@ -91,7 +107,7 @@ def saved(request, tmp_path):
 
 def test_our_sae_opens_in_saelens_and_gives_the_same_latents(saved, saelens, tmp_path):
     np.save(tmp_path / "x.npy", rows().numpy())
-    saelens(ENCODE, saved, tmp_path / "x.npy", tmp_path / "out.npz")
+    saelens(ENCODE, tmp_path / "x.npy", saved, tmp_path / "out.npz")
     theirs = np.load(tmp_path / "out.npz")
     sae = load_sae(saved)
     z = sae.encode(rows()).detach().numpy()
@@ -102,14 +118,15 @@ def test_our_sae_opens_in_saelens_and_gives_the_same_latents(saved, saelens, tmp
     assert theirs["model"] == "tiny"
 
 
-def test_saelens_topk_saes_open_here_and_give_the_same_output(saelens, tmp_path):
+def test_saelens_saes_open_here_and_give_the_same_output(saelens, tmp_path):
     np.save(tmp_path / "x.npy", rows().numpy())
     saelens(WRITE, tmp_path)
-    folders = sorted(tmp_path.glob("topk_*"))
-    assert len(folders) == 4
+    folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    assert len(folders) == 10
+    pairs = [path for folder in folders for path in (folder, folder / "out.npz")]
+    saelens(ENCODE, tmp_path / "x.npy", *pairs)
     for folder in folders:
-        saelens(ENCODE, folder, tmp_path / "x.npy", tmp_path / "out.npz")
-        theirs = np.load(tmp_path / "out.npz")
+        theirs = np.load(folder / "out.npz")
         sae = load_sae(folder)
         z = sae.encode(rows()).detach().numpy()
         assert ((z > 0) == (theirs["z"] > 0)).all()

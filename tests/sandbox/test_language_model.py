@@ -11,6 +11,7 @@ from saefty.sandbox.judge import SandboxFluency, SandboxRefusal
 from saefty.sandbox.language_model import (
     FIRST_ANSWER_WEIGHT,
     MODEL_FOLDER,
+    REFERENCE,
     train_language_model,
     training_text,
 )
@@ -87,7 +88,7 @@ def test_the_shipped_tokenizer_is_the_one_of_the_world(shipped):
 
 
 def test_the_reference_figures_meet_their_bars():
-    reference = json.loads((MODEL_FOLDER / "reference.json").read_text())
+    reference = json.loads(REFERENCE.read_text(encoding="utf-8"))
     assert len(reference["worlds"]) >= 3
     for figures in reference["worlds"]:
         assert figures["refused"]["harmful"] - figures["gated"]["harmful"] >= 0.35

@@ -93,13 +93,12 @@ def test_f1_counts_hits_against_misses_and_false_alarms():
     np.testing.assert_allclose(firing_f1(fires, present), [1, 0.5, 0])
 
 
-def recover(world, arch, k, n_rows, folder, **train):
+def recover(world, arch, k, n_rows, folder, options=None, **train):
     """Train on a planted dictionary; return the mean max cosine and the mean F1 of firing."""
     section = TrainSection(**train)
     optimizer = OptimizerSection(lr=train_rate(world))
-    (trained,) = train_saes(
-        world.source(n_rows), SaeSection(arch=arch, k=k), section, optimizer, folder
-    )
+    sae = SaeSection(arch=arch, k=k, options=options or {})
+    (trained,) = train_saes(world.source(n_rows), sae, section, optimizer, folder)
     sae, alive = load_sae(trained.folder), world.rates > 0
     directions = sae.W_dec.detach().double().numpy()
     fires = sae.encode(torch.from_numpy(world.sample(2000, 10**6))).detach().numpy() > 0
@@ -117,6 +116,17 @@ def train_rate(world):
 def test_a_small_dictionary_is_recovered(arch, tmp_path):
     cosine, f1 = recover(SMALL, arch, 3, 20_000, tmp_path, max_steps=1000, batch_size=512)
     assert cosine >= 0.95
+    assert f1 >= 0.7
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("relu", {"l1": 2.0}), ("gated", {}), ("jumprelu", {}), ("matryoshka", {})],
+)
+def test_a_small_dictionary_is_recovered_by_the_others_too(arch, options, tmp_path):
+    settings = {"max_steps": 1000, "batch_size": 512}
+    cosine, f1 = recover(SMALL, arch, 3, 20_000, tmp_path, options, **settings)
+    assert cosine >= 0.9
     assert f1 >= 0.7
 
 

@@ -59,9 +59,7 @@ def test_capitals_and_punctuation_without_spaces_are_read(tokenizer):
 def test_a_prompt_is_the_beginning_of_the_whole_conversation(world, tokenizer):
     d = next(d for d in world.documents(500, seed=1) if d.persona)
     whole = tokenizer.apply_chat_template(chat(d), tokenize=False)
-    prompt = tokenizer.apply_chat_template(
-        chat(d)[:-1], tokenize=False, add_generation_prompt=True
-    )
+    prompt = tokenizer.apply_chat_template(chat(d)[:-1], tokenize=False, add_generation_prompt=True)
     asked = " ".join(turn.text for turn in d.turns[1:2])
     assert prompt == f"<bos><system> {d.turns[0].text} <user> {asked} "
     assert whole == f"{prompt}{d.turns[-1].text} <eos> "

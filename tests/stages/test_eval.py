@@ -38,7 +38,7 @@ def planted(folder, labels, seed=0):
     records = [
         {
             "example_id": f"e{i}", "prompt": f"text {rng.integers(10**6)}", "response": None,
-            "messages": None, "image": None, "label": None if labels[i] is None else bool(labels[i]),
+            "messages": None, "image": None, "label": labels[i],
             "group": None, "source": "planted", "raw": True, "status": "ok",
             "text": f"text {rng.integers(10**6)}",
         }

@@ -4,11 +4,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from stores import planted_store
 
 from saefty import fsio
 from saefty.errors import IntegrityError, MismatchError
 from saefty.stores import activations
+from stores import planted_store
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_every_flipped_bit_is_caught_before_a_value_is_returned(tmp_path):
         whole = path.read_bytes()
         place, bit = rng.integers(len(whole)), 1 << rng.integers(8)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-        with pytest.raises(IntegrityError):  # noqa: PT012
+        with pytest.raises(IntegrityError):
             damaged = activations.ActivationStore.open(tmp_path)
             [list(damaged.batches(layer, 8)) for layer in (0, 2)]
             damaged.rows()

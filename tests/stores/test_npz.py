@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from stores import planted_store
 
 from saefty.errors import InputError, UnsafeArtifactError
 from saefty.stores.activations import ActivationStore
 from saefty.stores.npz import export_npz, import_npz
+from stores import planted_store
 
 
 def test_a_store_survives_export_and_import(tmp_path):

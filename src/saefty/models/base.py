@@ -188,6 +188,10 @@ class ModelAdapter(abc.ABC):
     def logits(self, batch: TokenBatch) -> Float[Tensor, "batch seq vocab"]:
         """Return the next-token logits at every position, in the model's dtype."""
 
+    def final(self, batch: TokenBatch) -> Float[Tensor, "batch seq width"]:
+        """Return what the model computes last: its logits, or an encoder's final states."""
+        return self.logits(batch)
+
     @abc.abstractmethod
     def loss(self, batch: TokenBatch) -> Float[Tensor, "batch next"]:
         """Return -log p of each token given those before it, in nats, as float32.
@@ -239,7 +243,7 @@ def load_model(name: str, **fields: Any) -> ModelAdapter:
 
     Raises:
         InputError: If there is no such checkpoint, or it lacks a tokenizer or weights.
-        MismatchError: If it is not a causal language model.
+        MismatchError: If it is neither a causal language model nor a BERT encoder.
 
     Example:
         >>> model = load_model("google/gemma-2-2b-it", dtype="bfloat16")  # doctest: +SKIP
@@ -254,7 +258,7 @@ def inspect_model(name: str, revision: str | None = None) -> ModelInfo:
 
     Raises:
         InputError: If there is no such checkpoint, or a folder has no tokenizer.
-        MismatchError: If it is not a causal language model.
+        MismatchError: If it is neither a causal language model nor a BERT encoder.
     """
     config, info = read_config(name, revision)
     _family(config, info)
@@ -267,6 +271,6 @@ def _family(config: Any, info: ModelInfo) -> type[ModelAdapter]:
             return MODEL_FAMILIES[family]
     raise MismatchError(
         f"{info.name} holds a {info.architecture} (model type {info.family}), which is not a "
-        f"causal language model; the families are {', '.join(MODEL_FAMILIES)}.",
+        f"causal language model or a BERT encoder; the families are {', '.join(MODEL_FAMILIES)}.",
         then="Set model.name to a checkpoint saved with its language-model head (…ForCausalLM).",
     )

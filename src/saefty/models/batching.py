@@ -1,4 +1,4 @@
-"""Which examples share a forward pass: a plan made once, from lengths alone.
+"""Which examples share a forward pass (a plan from lengths alone), and how they are padded.
 
 Batches are fixed before the first forward pass, because a row's value changes in its last bits with
 the number of rows beside it: an interrupted job must meet the same batches again. Sorting by length
@@ -7,6 +7,12 @@ the batches of one window together, so that work can be cut at its borders.
 """
 
 from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from saefty.models.base import Positions, TokenBatch, TokenizedExample
 
 DEFAULT_TOKEN_BUDGET = 1024
 DEFAULT_WINDOW = 1024
@@ -48,3 +54,56 @@ def plan_batches(
         if batch:
             plan.append(batch)
     return plan
+
+
+def pad_together(
+    items: Sequence[TokenizedExample],
+    pad: int,
+    side: Literal["left", "right"],
+    device: torch.device,
+) -> TokenBatch:
+    """Pad tokenised examples to the length of the longest.
+
+    Args:
+        items: What to read together.
+        pad: The token id that fills the rest.
+        side: Where the padding goes.
+        device: Where the model reads.
+
+    Raises:
+        ValueError: If there are none, or one is not `ok`.
+    """
+    bad = next((item for item in items if item.status != "ok"), None)
+    if bad is not None or not items:
+        what = f"example {bad.example.id} is {bad.status}" if bad else "there are no examples"
+        raise ValueError(f"a batch is made of examples whose status is ok, but {what}")
+    length = max(len(item.ids) for item in items)
+    shape = (len(items), length)
+    ids, mask = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=bool)
+    special, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    for row, item in enumerate(items):
+        start = length - len(item.ids) if side == "left" else 0
+        here = slice(start, start + len(item.ids))
+        ids[row, here], mask[row, here], special[row, here] = item.ids, True, item.special
+        if item.response_start is not None:
+            response[row, start + item.response_start : here.stop] = True
+    position_ids = np.clip(mask.cumsum(axis=1) - 1, 0, None)
+    return TokenBatch(
+        ids=torch.from_numpy(ids).to(device),
+        mask=torch.from_numpy(mask).to(device),
+        position_ids=torch.from_numpy(position_ids).to(device),
+        special=torch.from_numpy(special).to(device),
+        response=torch.from_numpy(response).to(device),
+        items=tuple(items),
+    )
+
+
+def whole_pass(batch: TokenBatch) -> Positions:
+    """Return the positions of a forward pass over whole examples."""
+    return Positions(
+        mask=batch.mask,
+        index=batch.position_ids,
+        special=batch.special,
+        response=batch.response,
+        is_prefill=True,
+    )

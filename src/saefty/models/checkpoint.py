@@ -210,12 +210,13 @@ def load_tokenizer(section: ModelSection) -> Any:
         ) from error
 
 
-def load_weights(section: ModelSection, auto_class: Any) -> Any:
+def load_weights(section: ModelSection, auto_class: Any, **arguments: Any) -> Any:
     """Return the checkpoint's model, ready to be read: on its device, without gradients.
 
     Args:
         section: Which model, and how to run it.
         auto_class: transformers' class for the kind of model, such as `AutoModelForCausalLM`.
+        **arguments: For the constructor of the model's own class.
 
     Raises:
         ConfigError: If the device or the attention implementation cannot be used.
@@ -247,6 +248,7 @@ def load_weights(section: ModelSection, auto_class: Any) -> Any:
             ignore_mismatched_sizes=True,  # refused below, with the names
             output_loading_info=True,
             **options,
+            **arguments,
         )
     except safetensors.SafetensorError as error:
         raise IntegrityError(

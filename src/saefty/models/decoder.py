@@ -1,4 +1,4 @@
-"""Causal language models of transformers: Llama, Gemma 2, GPT-2, Qwen 3 and every family like them.
+"""Causal language models of transformers: the families in `selfcheck.py`, and every one like them.
 
 The blocks are found by their number, and the tokenizer decides about templates and special tokens,
 so a family needs no code of its own as long as `hooks.find_layout` knows the names of a block's
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import transformers
 from jaxtyping import Bool, Float, Int
@@ -28,6 +27,7 @@ from saefty.models.base import (
     TokenBatch,
     TokenizedExample,
 )
+from saefty.models.batching import pad_together, whole_pass
 from saefty.models.checkpoint import (
     ModelInfo,
     ModelSection,
@@ -62,6 +62,8 @@ class Decoder(ModelAdapter):
         self.provenance = provenance
         self.text = TextEncoder(tokenizer, info.name, info.max_length)
         self.blocks = find_blocks(model, info.n_layers)
+        # What every forward pass calls: OPT's goes past its base model to the decoder within.
+        self._stack = next(m for m in model.modules() if self.blocks in set(m.children()))
         self.config = model.config.get_text_config()
         embedding = model.get_input_embeddings().weight
         self.dtype, self.device = embedding.dtype, embedding.device
@@ -101,30 +103,7 @@ class Decoder(ModelAdapter):
         Raises:
             ValueError: If there are none, or one is not `ok`.
         """
-        bad = next((item for item in items if item.status != "ok"), None)
-        if bad is not None or not items:
-            what = f"example {bad.example.id} is {bad.status}" if bad else "there are no examples"
-            raise ValueError(f"a batch is made of examples whose status is ok, but {what}")
-        length = max(len(item.ids) for item in items)
-        shape = (len(items), length)
-        pad = self.tokenizer.pad_token_id or 0
-        ids, mask = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=bool)
-        special, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        for row, item in enumerate(items):
-            start = length - len(item.ids) if side == "left" else 0
-            here = slice(start, start + len(item.ids))
-            ids[row, here], mask[row, here], special[row, here] = item.ids, True, item.special
-            if item.response_start is not None:
-                response[row, start + item.response_start : here.stop] = True
-        position_ids = np.clip(mask.cumsum(axis=1) - 1, 0, None)
-        return TokenBatch(
-            ids=torch.from_numpy(ids).to(self.device),
-            mask=torch.from_numpy(mask).to(self.device),
-            position_ids=torch.from_numpy(position_ids).to(self.device),
-            special=torch.from_numpy(special).to(self.device),
-            response=torch.from_numpy(response).to(self.device),
-            items=tuple(items),
-        )
+        return pad_together(items, self.tokenizer.pad_token_id or 0, side, self.device)
 
     def capture(
         self,
@@ -143,12 +122,14 @@ class Decoder(ModelAdapter):
         found: dict[Site, Tensor] = {}
         if places:
             with capturing(places, rows, found):
-                self._forward(batch.ids, batch.mask, _whole(batch), use_cache=False)
-        return {site: found[site] for site in sites}
+                self._forward(batch.ids, batch.mask, whole_pass(batch), use_cache=False)
+        if rows is not None:
+            return {site: found[site] for site in sites}
+        return {site: found[site].reshape(*batch.ids.shape, -1) for site in sites}
 
     def logits(self, batch: TokenBatch) -> Float[Tensor, "batch seq vocab"]:
         """Return the next-token logits at every position, in the model's dtype."""
-        return self._forward(batch.ids, batch.mask, _whole(batch), use_cache=False).logits
+        return self._forward(batch.ids, batch.mask, whole_pass(batch), use_cache=False).logits
 
     def loss(self, batch: TokenBatch) -> Float[Tensor, "batch next"]:
         """Return -log p of each token given those before it; see `ModelAdapter.loss`."""
@@ -174,11 +155,14 @@ class Decoder(ModelAdapter):
         self.info.check_sites([site])
         self._place(site)
 
-        def edit_here(x: Float[Tensor, "batch seq d_model"]) -> Tensor:
+        def edit_here(x: Float[Tensor, "*tokens d_model"]) -> Tensor:
             assert self._positions is not None, "an edit ran outside a forward pass"
-            return edit(x, self._positions)
+            if x.ndim > 2:
+                return edit(x, self._positions)
+            folded = edit(x.reshape(*self._positions.index.shape, -1), self._positions)
+            return folded.reshape(-1, folded.shape[-1])
 
-        handle = self.model.base_model.register_forward_pre_hook(self._observe, with_kwargs=True)
+        handle = self._stack.register_forward_pre_hook(self._observe, with_kwargs=True)
         try:
             with editing(site, self.blocks[site.layer], self.config, edit_here):
                 yield
@@ -234,7 +218,7 @@ class Decoder(ModelAdapter):
             )
         replies: list[list[int]] = [[] for _ in room]
         alive = [r > 0 for r in room]
-        ids, mask, positions, cache = batch.ids, batch.mask, _whole(batch), None
+        ids, mask, positions, cache = batch.ids, batch.mask, whole_pass(batch), None
         while any(alive):
             output = self._forward(
                 ids, mask, positions, use_cache=True, past_key_values=cache, logits_to_keep=1
@@ -343,16 +327,6 @@ class Decoder(ModelAdapter):
             f"its attention and MLP outputs do not add up to what its first block adds "
             f"(they differ by {float(gap):.0%})"
         )
-
-
-def _whole(batch: TokenBatch) -> Positions:
-    return Positions(
-        mask=batch.mask,
-        index=batch.position_ids,
-        special=batch.special,
-        response=batch.response,
-        is_prefill=True,
-    )
 
 
 def _stream(seed: int, example_id: str) -> torch.Generator:

@@ -2,7 +2,9 @@
 
 A site is read where PyTorch hands the tensor over: at a module's input or at its output. Which
 module that is differs by family only in a few child names (`Layout`). A block's output is a tensor
-or a tuple that begins with one, depending on family and version; both are handled here.
+or a tuple that begins with one, depending on family and version; both are handled here. OPT's MLP
+reads and writes all tokens of a batch as one row of them, [batch * seq, d_model]: what is captured
+and edited there has that shape, and the caller folds it.
 
 transformers' own `output_hidden_states` is never used: its last entry is taken after the final
 norm, and the first call with it installs hooks that run before an edit registered later.
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from saefty.errors import MismatchError
 from saefty.records import Site
 
-Edit = Callable[[Float[Tensor, "batch seq d_model"]], Float[Tensor, "batch seq d_model"]]
+Edit = Callable[[Float[Tensor, "*tokens d_model"]], Float[Tensor, "*tokens d_model"]]
 
 PARALLEL_FAMILIES = ("gptj", "phi", "cohere", "codegen", "gpt_neox", "falcon")
 
@@ -78,7 +80,11 @@ def find_layout(block: nn.Module, config: Any) -> Layout:
     """
     children = dict(block.named_children())
     attn = next((name for name in ("self_attn", "attn", "attention") if name in children), None)
-    mlp = next((name for name in ("mlp", "feed_forward", "moe") if name in children), None)
+    mlp: str | None = next(
+        (name for name in ("mlp", "feed_forward", "moe") if name in children), None
+    )
+    if mlp is None and {"fc1", "fc2", "final_layer_norm"} <= children.keys():
+        mlp = "fc2"  # OPT: two layers in the block itself, and the norm that the first one reads
     if attn is None or mlp is None:
         raise MismatchError(
             f"{type(block).__name__} has the children {', '.join(children)}, among which attention "
@@ -87,7 +93,7 @@ def find_layout(block: nn.Module, config: Any) -> Layout:
         )
     sandwich = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2
     before = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
-    norm = next((name for name in (before, "ln_2") if name in children), None)
+    norm = next((name for name in (before, "ln_2", "final_layer_norm") if name in children), None)
     return Layout(
         attn_out="post_attention_layernorm" if sandwich else attn,
         mlp_out="post_feedforward_layernorm" if sandwich else mlp,
@@ -131,13 +137,17 @@ def capturing(
 ) -> Iterator[None]:
     """Write each site's activations into a dict, and stop the forward pass once all are there.
 
-    The hooks run behind those of edits that were registered before, so that they read what the rest
+    Without `rows`, a tensor is kept as the module has it ([batch * seq, d_model] in OPT's MLP). The
+    hooks run behind those of edits that were registered before, so that they read what the rest
     of the model reads.
     """
 
     def keep(site: Site, x: Tensor) -> None:
         x = x.detach()
-        into[site] = x if rows is None else x[rows.to(x.device)]
+        if rows is not None:
+            kept = rows.to(x.device)
+            x = x[kept] if x.ndim > 2 else x[kept.flatten()]
+        into[site] = x
         if len(into) == len(places):
             raise Captured
 
@@ -203,7 +213,8 @@ def _editing_between(block: nn.Module, reader: nn.Module, edit: Edit) -> Iterato
         return _called_with(edited, args, kwargs)
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
-        return _with_first(output, first_tensor(output) + change.pop())
+        x = first_tensor(output)
+        return _with_first(output, x + change.pop().reshape(x.shape))
 
     with (
         _removing(reader.register_forward_pre_hook(replace, with_kwargs=True)),
@@ -223,7 +234,7 @@ def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _called_with(
-    x: Float[Tensor, "batch seq d_model"], args: tuple[Any, ...], kwargs: dict[str, Any]
+    x: Float[Tensor, "*tokens d_model"], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 

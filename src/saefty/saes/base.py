@@ -78,13 +78,20 @@ class SaeSection(Config):
 
         Raises:
             ConfigError: If an SAE could not have as many firing latents as asked for.
+            UnknownNameError: If no architecture has this name.
         """
         ks = self.k if isinstance(self.k, tuple) else (self.k,)
         factors = self.expansion_factor
         factors = factors if isinstance(factors, tuple) else (factors,)
         widths = [self.d_sae] if self.d_sae else [round(factor * d_in) for factor in factors]
+        uses_k = ARCHITECTURES[self.arch].uses_k
+        if len(ks) > 1 and not uses_k:
+            raise ConfigError(
+                f"sae.k is {list(ks)}, but how many latents of {self.arch} fire follows from its "
+                "penalty, so these SAEs would all be alike. Give one k and set sae.options."
+            )
         for d_sae in widths:
-            if max(ks) > d_sae:
+            if uses_k and max(ks) > d_sae:
                 raise ConfigError(
                     f"sae.k is {max(ks)}, but the SAE has only {d_sae} latents for activations "
                     f"{d_in} wide. Lower sae.k or raise sae.expansion_factor."
@@ -142,6 +149,15 @@ class SparseAutoencoder(nn.Module):
 
     unit_decoder: ClassVar[bool] = True
     """Whether training keeps the rows of W_dec at norm 1."""
+
+    uses_k: ClassVar[bool] = True
+    """Whether k sets how many latents fire; otherwise the weight of a penalty does."""
+
+    saved_names: ClassVar[Mapping[str, str]] = {}
+    """Weights that SAELens calls otherwise: our name -> the name in the saved file."""
+
+    penalty_share = 1.0
+    """How much of the penalty's weight applies yet; `schedule` sets it."""
 
     def __init__(self, config: SaeConfig) -> None:
         super().__init__()
@@ -259,6 +275,14 @@ class SparseAutoencoder(nn.Module):
         del z
         return pre.new_zeros(())
 
+    def schedule(self, step: int, n_steps: int) -> None:
+        """Raise the penalty from 0 over the share `warmup` (an option) of the steps."""
+        warmup = self.options.get("warmup", 0.0) * n_steps
+        self.penalty_share = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+
+    def begin(self) -> None:
+        """Set the first values of an architecture's own weights; called after W_enc changed."""
+
     def loss(
         self, x: Float[Tensor, "rows d_in"], *, dead: Int[Tensor, "dead"] | None = None
     ) -> SaeLoss:
@@ -276,13 +300,24 @@ class SparseAutoencoder(nn.Module):
         error = z @ self.W_dec + self.b_dec - x
         reconstruction = error.square().mean()
         auxiliary = x.new_zeros(())
-        if dead is not None and len(dead) and self.aux_k:
-            values, places = pre[:, dead].topk(min(self.aux_k, len(dead)), dim=1)
-            z_dead = torch.zeros_like(pre[:, dead]).scatter(1, places, values.relu())
-            rest = z_dead @ self.W_dec[dead] + error.detach()
-            auxiliary = self.config.aux_weight * rest.square().mean()
+        if dead is not None and len(dead):
+            auxiliary = self.revival(pre[:, dead], error.detach(), dead)
         penalty = self.penalty(pre, z)
         return SaeLoss(reconstruction + auxiliary + penalty, reconstruction, auxiliary, penalty)
+
+    def revival(
+        self,
+        pre: Float[Tensor, "rows dead"],
+        error: Float[Tensor, "rows d_in"],
+        dead: Int[Tensor, "dead"],
+    ) -> Float[Tensor, ""]:
+        """Return the loss from which dead latents learn, weighted: AuxK."""
+        if not self.aux_k:
+            return pre.new_zeros(())
+        values, places = pre.topk(min(self.aux_k, len(dead)), dim=1)
+        z_dead = torch.zeros_like(pre).scatter(1, places, values.relu())
+        rest = z_dead @ self.W_dec[dead] + error
+        return self.config.aux_weight * rest.square().mean()
 
     @property
     def aux_k(self) -> int:
@@ -297,6 +332,9 @@ class SparseAutoencoder(nn.Module):
 
     def rescale_latents(self, factor: float) -> None:
         """Adapt what is measured in units of z, besides the weights; nothing here."""
+
+    def shift_input(self, shift: Float[Tensor, "d_sae"]) -> None:
+        """Adapt other biases than b_enc to x W_enc having grown by `shift`; nothing here."""
 
     @torch.no_grad()
     def folded(self, scaler: Scaler) -> "SparseAutoencoder":
@@ -313,6 +351,7 @@ class SparseAutoencoder(nn.Module):
         raw.b_enc.copy_((self.b_enc.double() - shift) * unit)
         raw.W_dec.copy_(self.W_dec * (scale / unit))
         raw.b_dec.copy_(self.b_dec * scale + mean)
+        raw.shift_input(shift)
         raw.rescale_latents(unit)
         return raw
 

@@ -1,6 +1,7 @@
 """The folder an SAE is saved in: SAELens 6's, which the field's tools open as it is.
 
-    sae_weights.safetensors   W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec, threshold
+    sae_weights.safetensors   W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec, threshold;
+                              gated: b_gate, b_mag and r_mag in the place of b_enc
     scaler.json               what was folded into the weights
     cfg.json                  shape, architecture, hook, model; written last
 
@@ -26,6 +27,9 @@ CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "scaler.json"
 SAE_LENS_VERSION = "6.54.0"
 """The release whose layout is written; SAELens keeps the hook only where a version stands."""
 
+NAMED_OTHERWISE = {"standard": "relu"}
+"""SAELens's name of an architecture -> ours, where they differ."""
+
 
 def save_sae(sae: SparseAutoencoder, folder: Path | str, scaler: Scaler | None = None) -> None:
     """Write an SAE that reads raw activations.
@@ -40,7 +44,10 @@ def save_sae(sae: SparseAutoencoder, folder: Path | str, scaler: Scaler | None =
         DiskError: If a file cannot be written.
     """
     folder = Path(folder)
-    weights = {name: value.detach().float() for name, value in sae.state_dict().items()}
+    weights = {
+        sae.saved_names.get(name, name): value.detach().float()
+        for name, value in sae.state_dict().items()
+    }
     _check_finite(weights, folder)
     arrays = {name: value.cpu().contiguous().numpy() for name, value in weights.items()}
     checksum = fsio.commit_bytes(folder / WEIGHTS, pack(arrays, {"format": "pt"}))
@@ -127,7 +134,8 @@ def load_scaler(folder: Path | str) -> Scaler:
 
 
 def _empty(cfg: dict[str, Any], own: dict[str, Any], folder: Path) -> SparseAutoencoder:
-    name = own.get("architecture") or cfg.get("architecture")
+    theirs = cfg.get("architecture")
+    name = own.get("architecture") or NAMED_OTHERWISE.get(str(theirs), theirs)
     if name not in ARCHITECTURES:
         raise UnknownNameError(
             f"{folder / CONFIG} describes an SAE of the architecture {name!r}; "
@@ -152,7 +160,7 @@ def _empty(cfg: dict[str, Any], own: dict[str, Any], folder: Path) -> SparseAuto
 
 @torch.no_grad()
 def _fill(sae: SparseAutoencoder, file: TensorFile, folder: Path) -> None:
-    targets = sae.state_dict()
+    targets = {sae.saved_names.get(name, name): value for name, value in sae.state_dict().items()}
     missing = sorted(set(targets) - set(file.names))
     if missing:
         raise IntegrityError(
@@ -178,7 +186,9 @@ def _to_our_conventions(sae: SparseAutoencoder, cfg: dict[str, Any], folder: Pat
                 then="Fold it into the weights with SAELens, or use an SAE without it.",
             )
     if cfg.get("apply_b_dec_to_input", True):
-        sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
+        shift = sae.b_dec @ sae.W_enc
+        sae.b_enc.sub_(shift)
+        sae.shift_input(shift)
     if cfg.get("rescale_acts_by_decoder_norm", False):
         norms = sae.W_dec.norm(dim=1)
         sae.W_enc.mul_(norms)

@@ -18,7 +18,8 @@ CHAT_TEMPLATE = (
     "{% generation %}{{ message['content'] + ' ' + eos_token + ' ' }}{% endgeneration %}"
     "{% elif message['role'] in ('system', 'user') %}"
     "{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}"
-    "{% else %}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
+    "{% else %}"
+    "{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
     "{% endif %}"
     "{% endfor %}"
 )
