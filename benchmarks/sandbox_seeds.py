@@ -10,8 +10,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from saefty import fsio
 from saefty.report import Column, Table
 from saefty.sandbox import demo
+from saefty.sandbox.language_model import REFERENCE
 
 BARS = {
     "fall": lambda value: value >= 0.35,
@@ -25,16 +27,13 @@ BARS = {
 
 def row_of(world: int, figures: dict[str, Any]) -> dict[str, Any]:
     layer = figures["layers"][str(demo.LAYER)]
-    points = {
-        point["condition"]["arm"]: point
-        for point in layer["gating"]["points"]
-        if len(point["condition"]["latents"]) == demo.GATED
-    }
+    points = demo.gated_points(layer["gating"]["points"])
     probes = {name: probe["auroc"]["estimate"] for name, probe in layer["probes"].items()}
     best = max(layer["latents"], key=lambda one: abs(one["selection"]["auroc"] - 0.5))
     sae = next(iter(figures["sae"].values()))
     return {
         "world": world,
+        "silenced": len(points["target"]["condition"]["latents"]),
         "ungated": layer["gating"]["points"][0]["harmful"]["rate"]["estimate"],
         "fall": -points["target"]["harmful"]["change"]["estimate"],
         "control": points["control"]["harmful"]["change"]["estimate"],
@@ -57,6 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts/seeds"))
     parser.add_argument("--models", type=Path, help="Folder of trained models, one a world.")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--write", action="store_true", help="Ship the figures as reference.json.")
     given = parser.parse_args()
     rows = []
     for world in given.worlds:
@@ -67,6 +67,8 @@ def main() -> None:
         rows.append(row_of(world, outcome.figures))
         rows[-1]["bars"] = all(met(rows[-1][name]) for name, met in BARS.items())
         print(Table(tuple(Column(key, key, ".3f") for key in rows[0]), tuple(rows)).markdown())
+    if given.write:
+        fsio.commit_json(REFERENCE, {"layer": demo.LAYER, "worlds": rows})
 
 
 if __name__ == "__main__":

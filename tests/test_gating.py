@@ -27,6 +27,11 @@ def test_there_are_no_more_controls_than_neutral_latents():
     assert match_controls([0, 1], np.array([1.0, 1.0, 1.0]), np.array([0.9, 0.9, 0.5])) == [2]
 
 
+def test_all_there_are_make_the_last_count():
+    found = conditions([5, 6, 7], [1, 2, 3], [1, 8, 16])
+    assert [len(one.latents) for one in found] == [0, 1, 1, 3, 3]
+
+
 def test_every_arm_runs_at_each_count_it_has_latents_for():
     found = conditions([5, 6, 7, 8], [1, 2], [4, 2, 2])
     assert [(one.arm, one.latents) for one in found] == [
@@ -92,8 +97,6 @@ def test_a_reply_that_cannot_be_judged_is_missing_and_counted():
 class FakeModel(ModelAdapter):
     """Replies with the number of its call, and has no weights."""
 
-    __abstractmethods__ = frozenset()
-
     def __init__(self):
         self.calls = 0
 
@@ -103,6 +106,9 @@ class FakeModel(ModelAdapter):
     def generate(self, prompts, **settings):
         self.calls += 1
         return [f"reply {self.calls}" for _ in prompts]
+
+
+FakeModel.__abstractmethods__ = frozenset()
 
 
 @pytest.fixture

@@ -113,6 +113,15 @@ class LatentEvaluation:
         """
         return ranked(self.scores, self.ranked_by, "harmful")[:n].tolist()
 
+    def qualified(self, n: int) -> list[int]:
+        """Return those of `top` that pass both tests of the selection half: q and max_p ≤ 0.05.
+
+        A latent that does not may be what any token needs, and silencing it says nothing of harm.
+        """
+        order = ranked(self.scores, self.ranked_by, "harmful")
+        passed = (self.scores["q"][order] <= ALPHA) & (self.scores["max_p"][order] <= ALPHA)
+        return order[passed][:n].tolist()
+
 
 def evaluate_latents(
     pooled: Pooled,

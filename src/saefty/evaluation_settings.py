@@ -57,7 +57,8 @@ class InterventionSection(Config):
     """`gate` takes what the latents contribute out of the activations."""
 
     latents: tuple[int, ...] | None = None
-    """Which latents to silence, in this order; None takes the ranking."""
+    """Which latents to silence, in this order; None takes those that pass both tests of the
+    selection half, best first."""
 
     counts: tuple[int, ...] = (1, 2, 4, 8, 16)
     """How many latents to silence, one after the other."""

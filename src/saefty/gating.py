@@ -111,9 +111,12 @@ def match_controls(
 def conditions(
     targets: Sequence[int], controls: Sequence[int], counts: Sequence[int]
 ) -> list[Condition]:
-    """Return the conditions to run: ungated, then each arm at each count it has latents for."""
+    """Return the conditions to run: ungated, then each arm at each count it has latents for.
+
+    Where there are fewer targets than asked for, all there are make the last count.
+    """
     found = [Condition("target", ())]
-    for count in sorted(set(counts)):
+    for count in sorted({min(count, len(targets)) for count in counts}):
         for arm, latents in zip(ARMS, (targets, controls), strict=True):
             if 0 < count <= len(latents):
                 found.append(Condition(arm, tuple(latents[:count])))

@@ -277,7 +277,7 @@ class HarmEvaluation:
         assert self.model is not None  # loaded whenever an intervention is wanted
         sae = self._sae(layer)
         wanted = max(cfg.counts)
-        targets = list(cfg.latents) if cfg.latents is not None else evaluation.top(wanted)
+        targets = list(cfg.latents) if cfg.latents is not None else evaluation.qualified(wanted)
         activity = self._activity(layer, sae)
         controls = match_controls(targets, activity, evaluation.scores["auroc"])
         chosen = _balanced(data.harmful, evaluation.report, cfg.prompts, self.settings.seed)

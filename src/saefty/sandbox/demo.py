@@ -24,7 +24,7 @@ from saefty.stages.base import Outcome
 
 log = logging.getLogger(__name__)
 
-LAYER = 2
+LAYER = 1
 GATED = 8
 DOCUMENTS_SEED, REQUESTS_SEED = 11, 22
 
@@ -133,16 +133,14 @@ def table(outcome: Outcome) -> str:
     layer = outcome.figures["layers"][str(LAYER)]
     points = layer["gating"]["points"]
     ungated = points[0]
-    by_arm = {
-        point["condition"]["arm"]: point
-        for point in points
-        if len(point["condition"]["latents"]) == GATED
-    }
+    by_arm = gated_points(points)
+    count = len(by_arm["target"]["condition"]["latents"]) if by_arm else 0
     lines = [
-        f"1. What silencing {GATED} latents does to refusal (held-out verb x object pairs)",
+        "1. What silencing the latents that qualify as harm latents (at most "
+        f"{GATED}) does to refusal",
         _gate_line("none silenced", ungated),
-        _gate_line(f"{GATED} harm latents", by_arm.get("target")),
-        _gate_line(f"{GATED} equally active others", by_arm.get("control")),
+        _gate_line(f"{count} harm latents", by_arm.get("target")),
+        _gate_line(f"{count} equally active others", by_arm.get("control")),
         "2. What else could tell harmful from harmless (AUROC)",
         *(f"   {name:<44} {_interval(p['auroc'])}" for name, p in layer["probes"].items()),
         "3. Single latents (AUROC on the half that had no part in choosing them)",
@@ -152,6 +150,17 @@ def table(outcome: Outcome) -> str:
         f"Report: {outcome.folder / 'summary.md'}",
     ]
     return "\n".join(lines)
+
+
+def gated_points(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the points of both arms at the largest number of silenced latents up to 8."""
+    counts = [len(point["condition"]["latents"]) for point in points]
+    count = max((n for n in counts if n <= GATED), default=0)
+    return {
+        point["condition"]["arm"]: point
+        for point, n in zip(points, counts, strict=True)
+        if n == count and n
+    }
 
 
 def _gate_line(name: str, point: dict[str, Any] | None) -> str:
