@@ -151,9 +151,9 @@ class TestModels:
     def test_a_model_that_is_not_a_causal_language_model(self, world, extract, tmp_path):
         model = model_without(world, tmp_path / "m")
         config = json.loads((model / "config.json").read_text())
-        config |= {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+        config |= {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta"}
         (model / "config.json").write_text(json.dumps(config))
-        extract(6, "not a causal language model", "BertForSequenceClassification",
+        extract(6, "not a causal language model", "RobertaForSequenceClassification",
                 model__name=model)  # fmt: skip
 
 
