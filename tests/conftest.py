@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread of arithmetic order, tiny models built once."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked in every test; an int may stand for a float.
 install_import_hook("saefty", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# A shell that starts a job in the background lets it ignore Ctrl-C, and its children inherit that;
+# the tests of interruption need it as a terminal gives it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

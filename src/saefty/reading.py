@@ -33,12 +33,9 @@ from saefty.stores.base import piece_ranges
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 64 << 20
-"""Activations of one layer in a piece: large enough that checksums and flushes cost little."""
-
+PIECE_BYTES = 64 << 20  # activations of one layer in a piece: checksums and flushes cost little
 TOKENISED_AT_ONCE = 256  # examples; the tokenizer answers in lists, ten times the size of arrays
-PLAN = "plan.json"
-SHOWN_IDS = 5
+PLAN, SHOWN_IDS = "plan.json", 5
 
 
 class PoolingSection(Config):
@@ -188,12 +185,8 @@ def prepare(
 
 
 def write_tables(folder: Path, reading: Reading, name: str) -> None:
-    """Write the example table and the plan, which an interrupted run resumes from.
-
-    Committing them again on a resume changes nothing: they depend on the data and the plan alone.
-    """
-    lines = "".join(fsio.dump_json_line(record) for record in reading.records())
-    fsio.commit_text(folder / name, lines)
+    """Write the example table and the plan; doing so again on a resume changes nothing."""
+    fsio.commit_text(folder / name, "".join(map(fsio.dump_json_line, reading.records())))
     fsio.commit_json(folder / PLAN, reading.plan.as_record())
 
 
@@ -233,7 +226,7 @@ def read_pieces(
 
 
 def count_masked(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Return for each layer the rows that were dropped from a store because they were not finite.
+    """Return for each layer how many rows of a store were dropped as not finite.
 
     Raises:
         NumericError: If no row is left.
