@@ -147,6 +147,21 @@ def test_an_intervention_without_a_model_says_what_to_set(tmp_path):
     assert "intervention.enabled=false" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("intervention.judge=refusl", "refusal"),
+        ("intervention.fluency=perplexty", "perplexity"),
+        ("eval.ranked_by=consensu", "consensus"),
+    ],
+)
+def test_a_misspelt_name_is_refused_before_any_work(tmp_path, word, nearest):
+    planted(tmp_path / "f", TRUTH)
+    with pytest.raises(ConfigError, match=f"Did you mean '{nearest}'"):
+        evaluate(tmp_path, "intervention.enabled=true", word)
+    assert not (tmp_path / "r").exists()
+
+
 def test_neither_or_both_sources_are_refused():
     for words in ([], ["eval.features=a", "eval.sae=b", "eval.store=c"], ["eval.sae=b"]):
         with pytest.raises(ConfigError, match="set either eval.features, or eval.sae and"):

@@ -11,6 +11,8 @@ from saefty.errors import ConfigError
 from saefty.evaluation_settings import EvalSection, InterventionSection
 from saefty.harm_evaluation import HarmEvaluation
 from saefty.harm_report import write_harm_report
+from saefty.judges.base import JUDGES
+from saefty.metrics.base import LATENT_SCORES
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.reading import ReadingSection
 from saefty.runs import METADATA, Run, RunSection, find_run, read_metadata, run_folder
@@ -54,6 +56,7 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
         model: A model that is loaded already; None loads the one that made the features.
     """
     cfg = _resolved(cfg)
+    _check_names(cfg)
     folder = run_folder(cfg.run, "eval")
     source: ActivationStore | FeatureStore
     saes: dict[int, SparseAutoencoder] = {}
@@ -89,6 +92,14 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
         figures = write_harm_report(folder, results, evaluation.data, cfg.eval.pooling)
         current.finish(figures)
     return Outcome("eval", folder, figures)
+
+
+def _check_names(cfg: EvalConfig) -> None:
+    """Look every name up before the work that would be lost on a misspelt one."""
+    LATENT_SCORES[cfg.eval.ranked_by]
+    if cfg.intervention.enabled:
+        JUDGES[cfg.intervention.judge]
+        JUDGES[cfg.intervention.fluency]
 
 
 def _recorded_reading(folder: Path) -> ReadingSection:
