@@ -46,6 +46,7 @@ def row(fault, own, other):
     best = own.results[0] if own.healthy else tried[0]
     there = [one for one in other.results[1:] if not one.trial.evidence]
     rest = [one for one in there if one.trial.cause != fault and not one.idle]
+    rest.sort(key=lambda one: one.distance)  # the report ranks by L0 and FVU
     nearest = other.results[0] if other.healthy else there[0]
     return {
         "fault": fault,

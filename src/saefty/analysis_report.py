@@ -1,4 +1,4 @@
-"""What an analysis writes and prints: seed 004's table, its pictures and two more, a summary."""
+"""What an analysis writes and prints: a table, nine pictures, a summary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,13 +61,13 @@ NAMES = {
         "Latents in the order of their firing rate.",
     ),
 }
-"""The pictures by file name: plot, heading and caption. Seven have the names of seed 004."""
+"""The pictures by file name: plot, heading and caption."""
 
 SEED_EPS = {0.0: "0.0", 1e-4: "1e-4", 1e-3: "1e-3", 1e-2: "1e-2", 0.1: "0.1"}
 
 
 def seed_table(record: dict[str, Any]) -> str:
-    """Return the report on the sample as seed 004 prints it.
+    """Return the report on the sample.
 
     Args:
         record: `SampleReport.as_record()`.
@@ -98,7 +98,7 @@ def seed_table(record: dict[str, Any]) -> str:
 
 
 def printed(figures: dict[str, Any]) -> str:
-    """Return what the command prints: the seed's report on each layer."""
+    """Return what the command prints: the report on each layer."""
     layers = figures["layers"]
     parts = []
     for key, record in layers.items():

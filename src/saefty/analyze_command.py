@@ -1,4 +1,4 @@
-"""`saefty analyze`: statistics and pictures of SAE codes, with seed 004's flags."""
+"""`saefty analyze`: statistics and pictures of SAE codes, of a store or a dump of dense chunks."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saefty.command import Debug, Json, Quiet, guarded
-
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over the file."),
-]
+from saefty.command import Debug, Json, Quiet, Words, guarded
 
 
 def analyze(

@@ -1,4 +1,4 @@
-"""`saefty annotate`: put SAE features into a file of prompts and responses (seed 001)."""
+"""`saefty annotate`: put SAE features into a file of prompts and responses."""
 
 import json
 import re

@@ -16,7 +16,7 @@ import typer
 
 from saefty.analyze_command import analyze
 from saefty.annotate_command import annotate
-from saefty.command import Debug, Json, Quiet, guarded, print_outcome
+from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
 from saefty.data_command import datasets
 from saefty.environment import redacted
 from saefty.sae_commands import saes
@@ -40,12 +40,6 @@ app.command("tokens")(tokens)
 app.command("compare-tokens")(compare_tokens)
 app.command("compare-layers")(compare_layers)
 app.command("show-tokens")(show_tokens)
-
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over the file."),
-]
-ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file to start from.")]
 
 
 @app.command()

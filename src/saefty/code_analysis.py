@@ -119,7 +119,7 @@ def analyze_codes(
 
 
 def feature_stats(stats: FiringStats) -> dict[str, np.ndarray]:
-    """Return the arrays of seed 004's `feature_stats.npz`, by their names there."""
+    """Return the arrays of `feature_stats.npz`, by their names there."""
     return {
         "firing_rate": stats.firing_rate.astype(np.float64),
         "mean_all": stats.mean_all.astype(np.float64),
@@ -132,7 +132,7 @@ def feature_stats(stats: FiringStats) -> dict[str, np.ndarray]:
 
 
 def save_feature_stats(stats: FiringStats, path: Path) -> Path:
-    """Write `feature_stats.npz` with the seed's keys; return its path."""
+    """Write `feature_stats.npz`; return its path."""
     buffer = io.BytesIO()
     np.savez(buffer, **feature_stats(stats))  # type: ignore[arg-type]  # not `allow_pickle`
     fsio.commit_bytes(path, buffer.getvalue())

@@ -17,6 +17,11 @@ from saefty.interrupts import Terminated, handled
 if TYPE_CHECKING:
     from saefty.stages.base import Outcome
 
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over the file."),
+]
+ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file to start from.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show everything, and tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -1,4 +1,4 @@
-"""`saefty data show`: what a dataset or a mixture is made of, in tables and pictures (seed 004)."""
+"""`saefty data show`: what a dataset or a mixture is made of, in tables and pictures."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Seed 004's dump of dense codes: a folder of `.pt` chunks, read one at a time.
+"""A dump of dense codes: a folder of `.pt` chunks, read one at a time.
 
     meta.json                             the number of latents under `SAE_D_FEAT`
     sae_feats_layer<L>_chunk<n>.pt        {"sae_feats": [tokens, latents], "total_tokens_so_far": n}

@@ -11,6 +11,7 @@ import gzip
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from saefty.errors import ConfigError, InputError
@@ -86,8 +87,19 @@ def read_text_lines(
             cannot be opened, or unpacked.
         ConfigError: If there is no such encoding.
     """
-    try:
+    with reading(path):
         yield from _lines(path, encoding, option)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be opened, read or unpacked.
+
+    Raises:
+        InputError: In the place of the system's and the packer's own errors.
+    """
+    try:
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file: {error}.") from None
     except OSError as error:

@@ -6,13 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from saefty.command import Debug, Json, Quiet, guarded, print_outcome
+from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
 
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over the file."),
-]
-ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file to start from.")]
 RunFolder = Annotated[
     str, typer.Argument(help="A run of tokens or encode: its folder, or latest (below outputs).")
 ]

@@ -1,1 +1,1 @@
-"""Annotate a file of prompts and responses with the features that fire on them (seed 001)."""
+"""Annotate a file of prompts and responses with the features that fire on them."""

@@ -9,14 +9,13 @@ import csv
 import gzip
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from saefty.data.base import DATASETS, GUESSED_COLUMNS, DataSection, Record
 from saefty.errors import ConfigError, InputError
-from saefty.textfile import PACKED, decode_text, read_text_lines
+from saefty.textfile import PACKED, decode_text, read_text_lines, reading
 
 MAX_CELL = 1 << 30
 LINES = (".lines", ".txt")
@@ -44,15 +43,8 @@ def local(section: DataSection) -> Iterator[Record]:
         )
     if not path.is_file():
         raise InputError(f"there is no file {path}.", then="Set data.path to a file that exists.")
-    try:
+    with reading(path):
         yield from reader(path, section)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a whole gzip file: {error}.") from None
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror or error}.",
-            then="Check the file's permissions.",
-        ) from None
 
 
 def _bytes(path: Path) -> bytes:

@@ -9,7 +9,7 @@ What is drawn of a part depends on the seed and on the part's name and examples 
 another part may join or leave. The order is drawn too: a mixture can be cut off anywhere.
 
 Source: Hamilton's method of apportionment (largest remainder), Balinski and Young 1982, "Fair
-Representation". The two tables are those of seed 004.
+Representation".
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Seed 004's dump: dense latents in chunks, for tools that read nothing else.
+"""A dump: dense latents in `.pt` chunks, for tools that read nothing else.
 
     meta.json                                 the width under `SAE_D_FEAT`
     sae_feats_layer<L>_chunk<n:05d>.pt        {"sae_feats": [N, M] float32,

@@ -1,4 +1,4 @@
-"""Seed 002's tree: a file a sentence, a line a token.
+"""A tree of JSONL: a file a sentence, a line a token.
 
     layer_NN/sentence_NNNN.jsonl   {"token_pos", "token_str", "nnz", "feat_ids", "feat_vals"}
 
