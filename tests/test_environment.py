@@ -19,7 +19,7 @@ CANARY = "canary-value-of-no-known-shape"
 
 @pytest.fixture(autouse=True)
 def _no_tokens(monkeypatch, tmp_path):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, "x")  # so that what a test sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -111,6 +111,18 @@ def test_texts_are_redacted_by_value_and_by_shape(monkeypatch):
     assert redacted(f"{CANARY}, {token}, {key}, hf_hub") == "***, ***, ***, hf_hub"
     signed = "403 for url 'https://cdn.example/a/b?Signature=x-y&Expires=1' at once? yes"
     assert redacted(signed) == "403 for url 'https://cdn.example/a/b?***' at once? yes"
+
+
+def test_the_key_of_a_judge_is_taken_from_dotenv_and_kept_out_of_texts(tmp_path):
+    (tmp_path / ".env").write_text(f"OPENAI_API_KEY={CANARY}\n")
+    assert load_environment() == ("OPENAI_API_KEY",)
+    assert redacted(f"refused {CANARY}") == "refused ***"
+
+
+def test_what_any_variable_that_was_asked_for_holds_is_kept_out_of_texts(monkeypatch):
+    monkeypatch.setenv("MY_JUDGE_KEY", CANARY)
+    assert secret("MY_JUDGE_KEY").reveal() == CANARY
+    assert redacted(f"refused {CANARY}") == "refused ***"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

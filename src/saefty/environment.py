@@ -13,8 +13,11 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""The variables that hold secrets, and all that is read from `.env`; the second is an old name."""
+HUB_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""The variables that hold the hub's token; the second is an old name."""
+
+NAMES = (*HUB_NAMES, "OPENAI_API_KEY")
+"""The variables that hold secrets, and all that is read from `.env`."""
 
 DOTENV = ".env"
 HIDDEN = "***"
@@ -25,6 +28,9 @@ SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})")
 
 ADDRESS = re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']+")
 """An address with a query, in which a storage server takes its signature."""
+
+
+_used = set(NAMES)
 
 
 class Secret:
@@ -57,7 +63,11 @@ class Secret:
 
 
 def secret(name: str) -> Secret | None:
-    """Return a secret of the environment, or None if it is not set or empty."""
+    """Return a secret of the environment, or None if it is not set or empty.
+
+    Whatever a variable that was asked for holds is kept out of every message from then on.
+    """
+    _used.add(name)
     value = os.environ.get(name, "").strip()
     return Secret(value) if value else None
 
@@ -108,7 +118,7 @@ def parse(text: str) -> dict[str, str]:
 
 def redacted(text: str) -> str:
     """Return a text without the secrets of the environment, nor anything that looks like one."""
-    for name in NAMES:
+    for name in sorted(_used):
         value = os.environ.get(name, "").strip()
         if len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from saefty.environment import NAMES, secret
+from saefty.environment import HUB_NAMES, secret
 from saefty.errors import ExternalError, IntegrityError, SaeftyError, UnknownNameError
 from saefty.fsio import DISK_FULL, READ_BLOCK, disk_error
 
@@ -249,7 +249,7 @@ def _token_state() -> str:
     """Say whether there is a token, and not which."""
     import huggingface_hub
 
-    if any(secret(name) for name in NAMES):
+    if any(secret(name) for name in HUB_NAMES):
         return f"{TOKEN} is set"
     stored = huggingface_hub.get_token() is not None
     return "the token that hf auth login stored was used" if stored else f"{TOKEN} is not set"

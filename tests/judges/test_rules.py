@@ -1,6 +1,10 @@
+import random
+import time
+
 import numpy as np
 import pytest
 
+from saefty.errors import ConfigError, InputError
 from saefty.judges.base import JUDGES
 from saefty.judges.rules import REFUSALS, Lexicon, Refusal, Regex
 from saefty.records import Example
@@ -149,9 +153,62 @@ def test_lexicon_is_the_share_of_known_words():
     assert np.isnan(found[2])
 
 
-def test_an_empty_lexicon_is_refused():
-    with pytest.raises(ValueError, match="at least one word"):
-        Lexicon([])
+def test_an_empty_lexicon_is_refused(tmp_path):
+    (tmp_path / "words.txt").write_text("\n?!\n")
+    for options in ({"words": []}, {}, {"file": str(tmp_path / "words.txt")}):
+        with pytest.raises(ValueError, match="at least one word"):
+            Lexicon(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "reply", "share"),
+    [
+        (["東京", "日本"], "東京は日本の首都です。", 4 / 10),  # each character counts
+        (["東京", "京は日"], "東京は日本", 4 / 5),  # words that overlap cover a character once
+        (["学", "学校"], "学校", 1.0),  # the longest word counts
+        (["학교"], "학교에서 공부", 2 / 6),  # a particle is glued on
+        (["ภาษา"], "ภาษาไทย", 4 / 7),
+        (["東京", "hello"], "hello 東京 x", 3 / 4),
+        (["Straße"], "STRASSE strasse", 1.0),
+        (["дом"], "Дом и дом.", 2 / 3),
+        (["cafe\u0301"], "Café", 1.0),  # composed or not
+        (["हिन्दी"], "हिन्दी भाषा", 1 / 2),  # vowel signs belong to their word
+        (["ice cream"], "Ice, cream; milk", 2 / 3),  # an entry of two words is two words
+    ],
+)
+def test_lexicon_counts_in_any_script(words, reply, share):
+    assert score(Lexicon(words), reply)[0] == pytest.approx(share)
+
+
+def test_overlapping_words_cover_what_a_search_at_every_place_covers():
+    rng = random.Random(0)
+    for _ in range(200):
+        words = ["".join(rng.choices("東京日本", k=rng.randint(1, 3))) for _ in range(4)]
+        run = "".join(rng.choices("東京日本", k=12))
+        covered = set()
+        for word in words:
+            for start in range(len(run)):
+                if run.startswith(word, start):
+                    covered |= set(range(start, start + len(word)))
+        assert score(Lexicon(words), run)[0] == pytest.approx(len(covered) / 12)
+
+
+def test_a_lexicon_may_stand_in_a_file(tmp_path):
+    (tmp_path / "words.txt").write_text("le\nl’eau\n\nchat\n", encoding="utf-8")
+    assert score(Lexicon(file=str(tmp_path / "words.txt")), "L'eau, le dog")[0] == 2 / 3
+    assert score(Lexicon(["dog"], str(tmp_path / "words.txt")), "le dog")[0] == 1.0
+    (tmp_path / "old.txt").write_bytes("дом".encode("cp1251"))
+    assert score(Lexicon(file=str(tmp_path / "old.txt"), encoding="cp1251"), "дом") == [1.0]
+    with pytest.raises(InputError, match="No such file"):
+        Lexicon(file=str(tmp_path / "nowhere.txt"))
+
+
+def test_a_pattern_that_never_ends_is_stopped_and_said(monkeypatch):
+    monkeypatch.setattr("saefty.judges.rules.PATIENCE", 0.2)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="took more than 0.2 seconds on a reply of 41 characters"):
+        score(Regex(r"^(a|a)*$"), "a" * 40 + "!")
+    assert time.monotonic() - began < 30
 
 
 def test_judges_are_found_by_name():

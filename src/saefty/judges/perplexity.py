@@ -68,6 +68,9 @@ class Fluency:
         self, prompts: Sequence[Example | str], replies: Sequence[str]
     ) -> Float[np.ndarray, "items"]:
         """Return min(1, ppl(unsteered) / ppl(reply)); NaN where either reply has no tokens."""
+        check_pairs(prompts, replies)
+        if not replies:
+            return np.empty(0)
         key = tuple(prompts)
         if key not in self._own:
             self._own[key] = perplexity(self.model, prompts, self.unsteered)
