@@ -38,6 +38,41 @@ def test_generation_with_a_cache_equals_generation_without_under_an_edit(model, 
     assert cached != plain
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replies_are_the_same_with_the_cache_switched_off(model, temperature):
+    prompts = [Example(e.id, e.prompt, raw=e.raw) for e in EXAMPLES]
+    keys = {"max_new_tokens": 10, "temperature": temperature, "seed": 3}
+    plain = model.generate(prompts, **keys)
+    with model.intervene(Site(1), strong):
+        cached = model.generate(prompts, **keys)
+        assert cached == model.generate(prompts, **keys, cache=False)
+    assert cached != plain
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_an_edit_is_told_whose_row_is_whose_and_what_the_model_wrote(model, cache):
+    """Places of rows, as examples are sorted by length, and which tokens are generated."""
+    prompts = [Example(e.id, e.prompt, raw=e.raw) for e in EXAMPLES]
+    lengths = [len(item.ids) for item in model.tokenize(prompts)]
+    seen = []
+
+    def look(x, positions):
+        seen.append((positions.examples.tolist(), positions.mask, positions.written))
+        return x
+
+    with model.intervene(Site(1), look):
+        model.generate(prompts, max_new_tokens=3, cache=cache)
+    assert {tuple(rows) for rows, _, _ in seen} == {
+        tuple(sorted(range(len(prompts)), key=lambda n: -lengths[n]))
+    }
+    rows, mask, written = seen[0]
+    assert [int(row.sum()) for row in mask] == [lengths[n] for n in rows]
+    assert not written.any()
+    for step, (_, mask, written) in enumerate(seen[1:], start=1):
+        assert written.sum(dim=1).tolist() == [1 if cache else step] * len(prompts)
+        assert mask.shape == written.shape
+
+
 def test_greedy_generation_equals_that_of_transformers(model):
     prompts = [Example(e.id, e.prompt, raw=e.raw) for e in EXAMPLES]
     for example, reply in zip(prompts, model.generate(prompts, max_new_tokens=12), strict=True):

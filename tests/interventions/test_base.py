@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,11 @@ def positions(is_prefill=True):
         ("decode", False, True, [0, 0, 1, 1, 1]),
         ("response", True, True, [0, 0, 0, 0, 1]),
         ("response", False, True, [0, 0, 0, 0, 1]),
+        ("last", True, True, [0, 0, 0, 1, 0]),
+        ("last", False, True, [0, 0, 0, 0, 0]),
+        ((0, 2), True, True, [0, 0, 0, 1, 0]),
+        ((0, 2), True, False, [0, 1, 0, 1, 0]),
+        ((1, 3, 80), False, True, [0, 0, 1, 0, 1]),
     ],
 )
 def test_the_tokens_acted_on(where, is_prefill, skip_special, expected):
@@ -39,9 +46,32 @@ def test_the_tokens_acted_on(where, is_prefill, skip_special, expected):
     assert found.int().tolist() == [expected]
 
 
-def test_an_unknown_place_is_refused():
-    with pytest.raises((ValueError, TypeError), match="answer"):
-        chosen(positions(), "answer")
+@pytest.mark.parametrize("where", ["answer", (), (-1,)])
+def test_an_unknown_place_is_refused(where):
+    with pytest.raises((ValueError, TypeError), match="answer|counted from 0"):
+        chosen(positions(), where)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("prefill", [0, 0, 1, 0, 0]),
+        ("decode", [0, 0, 0, 1, 1]),
+        ("last", [0, 0, 1, 0, 0]),
+        ("both", [0, 0, 1, 1, 1]),
+    ],
+)
+def test_a_whole_pass_tells_what_the_model_wrote_from_what_it_was_given(where, expected):
+    written = torch.tensor([[False, False, False, True, True]])
+    whole = replace(positions(), generated=written, response=written)
+    assert chosen(whole, where).int().tolist() == [expected]
+
+
+def test_the_last_token_is_special_only_where_special_tokens_count():
+    ends = torch.tensor([[False, True, False, True, False]])
+    given = replace(positions(), special=ends)
+    assert chosen(given, "last").int().tolist() == [[0, 0, 1, 0, 0]]
+    assert chosen(given, "last", skip_special=False).int().tolist() == [[0, 0, 0, 1, 0]]
 
 
 def test_only_the_chosen_rows_change_and_the_others_keep_their_bits():
@@ -71,4 +101,5 @@ def test_the_activations_that_came_in_are_not_written_to():
 
 
 def test_interventions_are_found_by_name():
-    assert {"gate", "subtract"} <= set(INTERVENTIONS)
+    known = {"gate", "subtract", "steer", "project_out", "cap", "clamp", "cap_latents"}
+    assert known <= set(INTERVENTIONS)

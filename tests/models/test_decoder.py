@@ -142,10 +142,10 @@ def test_sampled_tokens_follow_the_model_s_probabilities(model):
     p = model.logits(batch)[0, -1].double().softmax(-1)
     examples = [raw(str(i), prompt) for i in range(2000)]
     items = model.tokenize(examples)
-    from saefty.models.decoder import _choose, _stream
+    from saefty.models.replies import choose, stream
 
     logits = model.logits(model.collate(items[:1]))[:, -1].float().repeat(2000, 1)
-    drawn = _choose(logits, 1.0, [_stream(0, e.id) for e in examples])
+    drawn = choose(logits, 1.0, [stream(0, e.id) for e in examples])
     counts = torch.bincount(drawn, minlength=len(p)).double()
     often = p * 2000 >= 5
     expected = torch.cat([p[often], p[~often].sum()[None]]) * 2000

@@ -122,9 +122,18 @@ def loss(model, batch):
     model.loss(batch)
 
 
-@pytest.mark.parametrize("ask", [generate, generate_under_an_edit, logits, loss])
-def test_what_needs_a_next_token_is_refused_with_the_reason(model, batch, ask):
-    with pytest.raises(MismatchError, match=r"is an encoder .* predicts no next token") as error:
+@pytest.mark.parametrize(
+    ("ask", "lacks"),
+    [
+        (generate, "no replies"),
+        (generate_under_an_edit, "no replies"),
+        (logits, "no next-token logits"),
+        (loss, "no next-token loss"),
+    ],
+)
+def test_what_needs_a_next_token_is_refused_with_the_reason(model, batch, ask, lacks):
+    words = rf"is an encoder .* predicts no next token, so it has {lacks}\."
+    with pytest.raises(MismatchError, match=words) as error:
         ask(model, batch)
     assert "ForCausalLM" in str(error.value)
 

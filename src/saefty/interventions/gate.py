@@ -7,16 +7,9 @@ for the effect of gating, and gating no latents changes nothing.
 
 from collections.abc import Sequence
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from saefty.errors import MismatchError
 from saefty.interventions.base import INTERVENTIONS, Intervention, Where, acting_at
+from saefty.interventions.latents import adding, chosen_latents
 from saefty.saes.base import SparseAutoencoder
-
-ROWS_AT_ONCE = 256
-"""Bounds the dense latents of a long prompt: 256 rows of 131,072 latents are 128 MiB."""
 
 
 @INTERVENTIONS.register("gate")
@@ -64,30 +57,8 @@ def subtract(
         MismatchError: If it is a transcoder, or scales each row by itself.
         ValueError: If a latent is out of range or named twice.
     """
-    sae.require_autoencoder("gating")
-    chosen = [int(latent) for latent in latents]
-    wrong = [latent for latent in chosen if not 0 <= latent < sae.d_sae]
-    if wrong or len(set(chosen)) < len(chosen):
-        what = (
-            f"latent {wrong[0]} does not exist" if wrong else f"a latent occurs twice in {chosen}"
-        )
-        raise ValueError(f"{what}; the SAE has {sae.d_sae} latents, 0..{sae.d_sae - 1}")
-    index = torch.tensor(chosen, dtype=torch.long)
-
-    @torch.no_grad()
-    def without(x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-        if x.shape[-1] != sae.d_in:
-            raise MismatchError(
-                f"the SAE reads activations {sae.d_in} wide, but the model's are "
-                f"{x.shape[-1]} wide.",
-                then="Use an SAE trained on this model.",
-            )
-        parts = [
-            part - strength * sae.contribution(sae.encode(part), index.to(x.device)).float()
-            for part in x.to(sae.W_dec.device).split(ROWS_AT_ONCE)
-        ]
-        return torch.cat(parts).to(x.device)
-
-    if not chosen or strength == 0:
+    index = chosen_latents(sae, latents, "gating")
+    if not latents or strength == 0:
         return lambda x, positions: x
-    return acting_at(without, where, skip_special=skip_special)
+    edit = adding(sae, index, lambda z: -strength * z)
+    return acting_at(edit, where, skip_special=skip_special)

@@ -93,15 +93,39 @@ class Positions:
     """True for tokens of a teacher-forced response, and for every token that was generated."""
     is_prefill: bool
     """True for a pass over whole examples, False for a step that adds tokens to a cache."""
+    generated: Bool[Tensor, "batch seq"] | None = None
+    """True for tokens that the model wrote itself. None: all tokens of a step that adds to a cache,
+    none of a pass over whole examples."""
+    rows: Int[Tensor, "batch"] | None = None
+    """Which example each row is, by its place among those given to `generate`; None: in order."""
+
+    @property
+    def written(self) -> Bool[Tensor, "batch seq"]:
+        """True for tokens that the model wrote itself, False for those it was given."""
+        if self.generated is not None:
+            return self.generated
+        whole = torch.zeros_like if self.is_prefill else torch.ones_like
+        return whole(self.mask)
+
+    @property
+    def examples(self) -> Int[Tensor, "batch"]:
+        """Which of the given examples each row is."""
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(len(self.mask), device=self.mask.device)
 
     def to(self, device: torch.device) -> "Positions":
         """Return the same positions on a device: blocks of one model may lie on several."""
+        if self.mask.device == device:
+            return self
         return replace(
             self,
             mask=self.mask.to(device),
             index=self.index.to(device),
             special=self.special.to(device),
             response=self.response.to(device),
+            generated=None if self.generated is None else self.generated.to(device),
+            rows=None if self.rows is None else self.rows.to(device),
         )
 
 
@@ -241,6 +265,7 @@ class ModelAdapter(abc.ABC):
         seed: int = 0,
         temperature: float = 0.0,
         batch_size: int = 32,
+        cache: bool = True,
     ) -> list[str]:
         """Return the model's reply to each example, in order; responses given are ignored.
 
@@ -251,6 +276,11 @@ class ModelAdapter(abc.ABC):
                 this and its id: its reply does not depend on the examples beside it.
             temperature: 0 takes the likeliest token.
             batch_size: Most examples in one forward pass.
+            cache: Keep keys and values from one token to the next. Without, the whole text is read
+                again for each token: the same replies, slowly.
+
+        Raises:
+            NumericError: If the logits of a row hold NaN or infinity; it names the step.
         """
 
 

@@ -99,7 +99,7 @@ class ModelInfo:
                 raise ConfigError(
                     f"layer {site.layer} was asked for, but {self.name} has {self.n_layers} "
                     f"blocks: layers run 0..{self.n_layers - 1}.",
-                    then="Set extract.layers (or the site's layer) to numbers in that range.",
+                    then="Name layers in that range (--layer, extract.layers, steer.layer).",
                 )
         if len(set(sites)) < len(sites):
             twice = next(site for site in sites if list(sites).count(site) > 1)

@@ -73,7 +73,7 @@ class Encoder(TransformerModel):
         Raises:
             MismatchError: Always.
         """
-        self._refuse("next-token logits")
+        self._refuse("no next-token logits")
 
     def loss(self, batch: TokenBatch) -> NoReturn:
         """Refuse: an encoder predicts no next token.
@@ -91,13 +91,14 @@ class Encoder(TransformerModel):
         seed: int = 0,
         temperature: float = 0.0,
         batch_size: int = 32,
+        cache: bool = True,
     ) -> NoReturn:
         """Refuse: an encoder predicts no next token.
 
         Raises:
             MismatchError: Always.
         """
-        self._refuse("replies")
+        self._refuse("no replies")
 
     def _refuse(self, what: str) -> NoReturn:
         raise MismatchError(

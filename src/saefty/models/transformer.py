@@ -52,6 +52,7 @@ class TransformerModel(ModelAdapter):
         self.config = model.config.get_text_config()
         self.dtype, self.device = model.get_input_embeddings().weight.dtype, input_device(model)
         self._positions: Positions | None = None  # set during a forward pass
+        self._edits: list[tuple[Site, Intervention]] = []  # those that hold now
 
     @abc.abstractmethod
     def _read(self, batch: TokenBatch) -> Any:
@@ -125,4 +126,9 @@ class TransformerModel(ModelAdapter):
             return folded.reshape(-1, folded.shape[-1])
 
         with editing(site, self.blocks[site.layer], self.config, edit_here):
-            yield
+            held = (site, edit)
+            self._edits.append(held)
+            try:
+                yield
+            finally:
+                self._edits = [other for other in self._edits if other is not held]

@@ -1,0 +1,87 @@
+"""Holding latents of an SAE at a value, or below one.
+
+h' = h + Σ_T (v_k - z_k) W_dec,k: what a latent adds to the activations becomes what it would add at
+the value v. The SAE's own error stays in place. Clamping to 0 is gating.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefty.interventions.base import INTERVENTIONS, Edit, Intervention, Where, acting_at
+from saefty.interventions.latents import adding, chosen_latents
+from saefty.saes.base import SparseAutoencoder
+
+
+@INTERVENTIONS.register("clamp")
+def clamp(
+    sae: SparseAutoencoder,
+    latents: Sequence[int],
+    values: float | Sequence[float],
+    *,
+    where: Where = "both",
+    skip_special: bool = True,
+) -> Intervention:
+    """Return the intervention that sets latents to values: h' = h + Σ_T (v_k - z_k) W_dec,k.
+
+    Args:
+        sae: Trained on the site where the intervention will act.
+        latents: Which latents; none is the identity.
+        values: The value of each, or one for all, in the SAE's units of z.
+        where: At which tokens to act.
+        skip_special: Leave special tokens alone, as the SAE was not trained on them.
+
+    Raises:
+        MismatchError: If it is a transcoder, or scales each row by itself.
+        ValueError: If a latent is out of range or named twice, or there is not one value for each.
+    """
+    index = chosen_latents(sae, latents, "clamping")
+    wanted = _one_each(values, len(latents))
+    edit = adding(sae, index, lambda z: wanted.to(z) - z)
+    return _acting(edit, latents, where, skip_special)
+
+
+@INTERVENTIONS.register("cap_latents")
+def cap_latents(
+    sae: SparseAutoencoder,
+    latents: Sequence[int],
+    most: float | Sequence[float],
+    *,
+    where: Where = "both",
+    skip_special: bool = True,
+) -> Intervention:
+    """Return the intervention that lets latents go no higher than a maximum.
+
+    h' = h + Σ_T (min(z_k, c_k) - z_k) W_dec,k; rows where none is higher keep their values.
+
+    Args:
+        sae: Trained on the site where the intervention will act.
+        latents: Which latents; none is the identity.
+        most: The maximum of each, or one for all, in the SAE's units of z.
+        where: At which tokens to act.
+        skip_special: Leave special tokens alone, as the SAE was not trained on them.
+
+    Raises:
+        MismatchError: If it is a transcoder, or scales each row by itself.
+        ValueError: If a latent is out of range or named twice, or there is not one maximum for
+            each.
+    """
+    index = chosen_latents(sae, latents, "capping")
+    highest = _one_each(most, len(latents))
+    edit = adding(sae, index, lambda z: torch.minimum(z, highest.to(z)) - z)
+    return _acting(edit, latents, where, skip_special)
+
+
+def _acting(edit: Edit, latents: Sequence[int], where: Where, skip_special: bool) -> Intervention:
+    if not latents:
+        return lambda x, positions: x
+    return acting_at(edit, where, skip_special=skip_special)
+
+
+def _one_each(values: float | Sequence[float], count: int) -> Float[Tensor, "chosen"]:
+    listed = [float(values)] * count if isinstance(values, int | float) else list(values)
+    if len(listed) != count:
+        raise ValueError(f"{len(listed)} values were given for {count} latents")
+    return torch.tensor(listed, dtype=torch.float32)
