@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
+from torch import Tensor
 
 from saefty.encoding import ENCODED_ROWS, check_saes, encode_rows
 from saefty.errors import InputError, MismatchError, NumericError
 from saefty.feature_dump import UNTOUCHED, FeatureDump
 from saefty.sae_sets import SaeSet
+from saefty.saes.base import SparseAutoencoder
 from saefty.stores.activations import ActivationStore
 from saefty.stores.features import FeatureStore, Key, layer_of
 from saefty.token_sample import DENSE_SHARE, Block
@@ -88,21 +90,42 @@ def of_activations(store: ActivationStore, saes: SaeSet) -> list[CodeSource]:
             )
 
     def source(key: Key) -> CodeSource:
-        width, layer = saes.records[key].d_sae, saes.records[key].site.layer
+        layer = saes.records[key].site.layer
 
         def stretches() -> Iterator[tuple[str, Block]]:
             sae = saes[key]
             for i in range(len(store.pieces)):
                 where = f"the codes of {store.folder}/layer_{layer}/shard_{i:05d}.safetensors"
-                for x in store.shard(layer, i).split(ENCODED_ROWS):
-                    code = encode_rows(sae, x)
-                    parts = (code["values"], code["ids"].astype(np.int32), code["indptr"])
-                    yield where, csr_array(parts, shape=(len(x), width))
+                for block in _encoded(sae, store.shard(layer, i)):
+                    yield where, block
 
         place = f"the SAE of layer {key} on the activations in {store.folder}"
         return CodeSource(key, place, store.n_rows, 0, stretches)
 
     return [source(key) for key in saes.records]
+
+
+def of_rows(sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"], place: str) -> CodeSource:
+    """Return the codes that an SAE gives to rows in memory; they are made on the way.
+
+    Args:
+        sae: The SAE.
+        x: The activations, finite.
+        place: Where they come from, in words.
+    """
+
+    def stretches() -> Iterator[tuple[str, Block]]:
+        for block in _encoded(sae, x):
+            yield place, block
+
+    return CodeSource(sae.site.layer if sae.site else 0, place, len(x), 0, stretches)
+
+
+def _encoded(sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"]) -> Iterator[csr_array]:
+    for part in x.split(ENCODED_ROWS):
+        code = encode_rows(sae, part)
+        parts = (code["values"], code["ids"].astype(np.int32), code["indptr"])
+        yield csr_array(parts, shape=(len(part), sae.d_sae))
 
 
 def of_dump(dump: FeatureDump, layers: Sequence[int] | None) -> list[CodeSource]:

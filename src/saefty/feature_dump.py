@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from saefty import fsio
 from saefty.errors import InputError, MismatchError, ResourceError
@@ -66,11 +66,19 @@ class Chunk:
         held = self.codes.array(CODES)
         rows = max(1, ROWS_BYTES // max(held.shape[1] * held.itemsize, 1))
         for first in range(0, len(held), rows):
-            block = held[first : first + rows]
-            if self.codes.is_bf16(CODES):
-                yield (block.astype(np.uint32) << np.uint32(16)).view(np.float32)
-            else:
-                yield block
+            yield self._wide(held[first : first + rows])
+
+    def part(
+        self, chosen: Int[np.ndarray, "chosen"], *, columns: bool = False
+    ) -> Float[np.ndarray, "chosen width"]:
+        """Return chosen rows of the matrix, or chosen columns as rows."""
+        held = self.codes.array(CODES)
+        return self._wide(np.ascontiguousarray(held[:, chosen].T if columns else held[chosen]))
+
+    def _wide(self, block: np.ndarray) -> np.ndarray:
+        if self.codes.is_bf16(CODES):
+            return (block.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return block
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ class FeatureDump:
                 safe=UNTOUCHED,
                 then="Copy the missing chunks into the folder, or write the dump again.",
             )
-        with self._opened(self.files(layer)[-1]) as chunk:
+        with self.opened(self.files(layer)[-1]) as chunk:
             size = 2 if chunk.dtype == "F16" else 8 if chunk.dtype == "F64" else 4
             return DumpFacts(chunk.total, size * chunk.shape[1])
 
@@ -152,14 +160,24 @@ class FeatureDump:
         """
         before, dtype, width, last = 0, "", self._width, None
         for path in self.files(layer):
-            with self._opened(path) as chunk:
+            with self.opened(path) as chunk:
                 self._check(chunk, before, dtype, width, last)
                 dtype, width = chunk.dtype, chunk.shape[1]
                 before, last = chunk.total, path
                 yield chunk
 
     @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[Chunk]:
+    def opened(self, path: Path) -> Iterator[Chunk]:
+        """Open one chunk, whatever its shape; only `chunks` tells whether it fits the others.
+
+        Args:
+            path: One of `files`.
+
+        Raises:
+            InputError: If the file is no chunk.
+            ResourceError: If it does not fit into memory.
+            UnsafeArtifactError: If it holds more than tensors.
+        """
         size, free = path.stat().st_size, free_memory(torch.device("cpu"))
         if COPIES * size > free:
             raise ResourceError(

@@ -67,6 +67,14 @@ def verify(
         from saefty.errors import ConfigError, NumericError
         from saefty.stages.verify import VerifyConfig, check, write
 
+        columns = {"--text": text, "--prompt": prompt}
+        named = [f"{name} {value}" for name, value in columns.items() if value is not None]
+        if named and not data:
+            raise ConfigError(
+                f"{' and '.join(named)} {'name columns' if len(named) > 1 else 'names a column'} "
+                "of a file of texts, and --data is not given.",
+                then=f"Give the file: --data FILE, or leave out {' and '.join(named)}.",
+            )
         files = [{"path": str(path), "text": text, "prompt": prompt} for path in data or ()]
         settings: dict[str, Any] = {
             "data": files,

@@ -29,3 +29,10 @@ def sandbox() -> ModelAdapter:
 def other_texts() -> list[Example]:
     """Texts of the same world that nothing was trained or measured on."""
     return planted_faults.texts(300, 77)
+
+
+@pytest.fixture(scope="session")
+def zoo_home(tmp_path_factory) -> Path:
+    """The folder of the patients of tests/zoo.py, who share their trainings."""
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("zoo")

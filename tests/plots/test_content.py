@@ -12,6 +12,7 @@ from saefty.plots.base import PLOTS
 from saefty.plots.gate_curve import GateCurve
 from saefty.plots.latent_ranking import LatentRanking
 from saefty.plots.loss_curve import TrainingCurve
+from saefty.plots.steer_curve import SteerCurve
 from saefty.plots.token_bars import TokenBars, TokenPanel
 
 
@@ -96,3 +97,35 @@ def test_bars_have_one_scale_in_a_picture_or_one_a_named_row(names, ratio):
     assert first / second == pytest.approx(ratio)
     words = " ".join(text.get_text() for text in ax.texts)
     assert ("Each row has its own scale" if names else "All bars have one scale") in words
+
+
+def steered(scores, **fields):
+    scores = tuple(interval(score) for score in scores)
+    return SteerCurve((-2.0, 0.0, 2.0), scores, "French", "Method 2", **fields)
+
+
+def test_the_steering_curve_says_what_is_unsteered_and_where_it_is_furthest_from_that():
+    ax = drawn("steer_curve", steered([3.0, 4.0, 9.0], unit="in norms")).axes[0]
+    assert ax.get_title() == "Method 2: French 4.0 unsteered, 9.0 at α = 2"
+    assert ax.get_xlabel() == "alpha, in norms"
+    assert ax.get_ylim()[0] < 1
+    assert ax.get_ylim()[1] > 10
+    falls = drawn("steer_curve", steered([1.5, 9.0, 8.0])).axes[0]
+    assert "9.0 unsteered, 1.5 at α = −2" in falls.get_title()
+
+
+def test_the_steering_curve_s_heading_says_nothing_of_points_with_few_scores():
+    ax = drawn("steer_curve", steered([3.0, 4.0, 9.0], thin=(2.0,), replies=64)).axes[0]
+    assert ax.get_title() == "Method 2: French 4.0 unsteered, 3.0 at α = −2"
+    assert "mean of up to 64 replies" in {line.get_label() for line in ax.lines}
+    none = drawn("steer_curve", steered([3.0, 4.0, 9.0], thin=(-2.0, 0.0, 2.0))).axes[0]
+    assert "too few replies scored at every α" in none.get_title()
+
+
+def test_the_steering_curve_marks_anchors_the_unsteered_score_and_thin_points():
+    ax = drawn("steer_curve", steered([3.0, 4.0, 9.0], marked=(2.0,), thin=(-2.0,))).axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["unsteered"].get_ydata()) == [4.0, 4.0]
+    assert list(lines["α = 2"].get_xdata()) == [2.0, 2.0]
+    assert list(lines["mean of the replies"].get_xdata()) == [0.0, 2.0]
+    assert list(lines["too few replies scored"].get_xdata()) == [-2.0]

@@ -111,6 +111,15 @@ class Change:
     """What each pre-activation is multiplied by before it is compared or ranked."""
     rounded_to: torch.dtype | None = None
     """A number format that rows and weights are rounded to first."""
+    b_enc: Float[Tensor, "d_sae"] | None = None
+    """An encoder bias in the place of the SAE's; magnitudes of gated SAEs move by as much."""
+    row_norm: str | None = None
+    """What is done to each row, in the place of what the SAE does; see `saes/published.py`."""
+    keep: int | None = None
+    """Keep so many latents of a token, those that add most to x̂: |z| times the decoder row's
+    norm."""
+    least: float | None = None
+    """Keep the latents that add at least this much to x̂."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ def measure(sae: SparseAutoencoder, rows: Rows, changes: Sequence[Change]) -> li
     device, W_enc = sae.W_enc.device, sae.W_enc.detach().float()
     sums = [_Sums(rows, sae.d_sae) for _ in changes]
     weights = [_prepared(sae, change, W_enc) for change in changes]
+    adds = sae.W_dec.detach().float().norm(dim=1)
     size = max(16, min(2048, CODE_NUMBERS // sae.d_sae))
     for part in torch.arange(len(rows.x)).split(size):
         x = rows.x[part].to(device, torch.float32)
@@ -165,7 +175,7 @@ def measure(sae: SparseAutoencoder, rows: Rows, changes: Sequence[Change]) -> li
         product = x @ W_enc if sae.config.row_norm == "none" else None
         for change, (b_enc, W_dec), one in zip(changes, weights, sums, strict=True):
             norm, pre = _pre(sae, change, x, product, W_enc)
-            z = _activated(sae, pre + b_enc, change.gate)
+            z = _truncated(_activated(sae, pre + b_enc, change.gate), change, adds)
             back = _decoded(sae, z, W_dec)
             back = (back if norm is None else norm.undo(back)).double()
             if change.out_shift is not None:
@@ -193,10 +203,11 @@ def _prepared(
     sae: SparseAutoencoder, change: Change, W_enc: Float[Tensor, "d_in d_sae"]
 ) -> tuple[Float[Tensor, "d_sae"], Float[Tensor, "d_sae d_in"]]:
     """Return the encoder's bias with what the input's shift adds to it, and the decoder."""
-    b_enc, W_dec = sae.b_enc.detach().float(), sae.W_dec.detach().float()
+    b_enc = (sae.b_enc.detach() if change.b_enc is None else change.b_enc).to(W_enc)
+    W_dec = sae.W_dec.detach().float()
     if change.rounded_to is not None:
         return b_enc, W_dec.to(change.rounded_to).float()
-    if change.shift is not None and sae.config.row_norm == "none":
+    if change.shift is not None and _row_norm(sae, change) == "none":
         b_enc = (b_enc.double() + change.shift.to(W_enc).double() @ W_enc.double()).float()
     return b_enc, W_dec
 
@@ -212,14 +223,19 @@ def _pre(
     kind = change.rounded_to
     if kind is not None:
         x, W_enc, product = x.to(kind).float(), W_enc.to(kind).float(), None
-    if product is not None and not isinstance(change.scale, Tensor):
+    per_row = _row_norm(sae, change)
+    if product is not None and per_row == "none" and not isinstance(change.scale, Tensor):
         return None, product * change.scale
     x = x * (change.scale.to(x) if isinstance(change.scale, Tensor) else change.scale)
-    if sae.config.row_norm == "none":
+    if per_row == "none":
         return None, x @ W_enc
     x = x if change.shift is None else x + change.shift.to(x)
-    norm = RowNorm.of(x, sae.config.row_norm)
+    norm = RowNorm.of(x, per_row)
     return norm, norm.apply(x) @ W_enc
+
+
+def _row_norm(sae: SparseAutoencoder, change: Change) -> str:
+    return change.row_norm or sae.config.row_norm
 
 
 def _activated(
@@ -232,6 +248,21 @@ def _activated(
         return sae.activate(pre)
     factors = gate.to(pre)
     return sae.activate(pre * factors) / factors
+
+
+def _truncated(
+    z: Float[Tensor, "rows d_sae"], change: Change, adds: Float[Tensor, "d_sae"]
+) -> Float[Tensor, "rows d_sae"]:
+    """Return the latents that a change keeps of those that fire."""
+    if change.keep is None and change.least is None:
+        return z
+    strength = z.abs() * adds
+    if change.least is not None:
+        z = z * (strength >= change.least)
+    if change.keep is not None and change.keep < z.shape[1]:
+        kept = strength.topk(change.keep, dim=1).indices
+        z = torch.zeros_like(z).scatter(1, kept, z.gather(1, kept))
+    return z
 
 
 def _decoded(

@@ -52,6 +52,8 @@ class Trial:
     """It is reported, but proves nothing by itself."""
     estimated: bool = False
     """A number that was measured on these rows takes part."""
+    swept: bool = False
+    """A number that was chosen for its figures takes part."""
 
 
 AS_IT_IS = Trial("none", "as it is", "", "")

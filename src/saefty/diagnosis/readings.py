@@ -8,11 +8,12 @@ that a file sorted by topic is no bias.
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from saefty.diagnosis.base import Rows
 from saefty.diagnosis.causes import OUTLIER, READ
@@ -54,6 +55,19 @@ def neighbours(site: Site, layers: Sequence[int]) -> Iterator[tuple[str, Site]]:
             yield f"layer_{site.layer + step}/{step:+d}", Site(site.layer + step, site.part)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a store says of each row's token, beside its activation."""
+
+    token_id: Int[np.ndarray, "rows"]
+    token_pos: Int[np.ndarray, "rows"]
+    role: Int[np.ndarray, "rows"]
+
+    def only(self, keep: Bool[np.ndarray, "rows"]) -> "Tokens":
+        """Return some of the rows."""
+        return Tokens(self.token_id[keep], self.token_pos[keep], self.role[keep])
+
+
 class StoreReadings:
     """Rows of an activation store.
 
@@ -78,6 +92,8 @@ class StoreReadings:
             chosen = _draw([int(n) for n in counts], n_rows)
             keep = np.isin(table["example"], chosen)
         self._indices = np.flatnonzero(keep)
+        columns = ("token_id", "token_pos", "role")
+        self.tokens = Tokens(*(table[name][self._indices] for name in columns))
         example = table["example"][self._indices]
         _, first, text = np.unique(example, return_index=True, return_inverse=True)
         self._text, self._place = text.astype(np.int64), np.arange(len(text)) - first[text]

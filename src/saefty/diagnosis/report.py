@@ -1,6 +1,6 @@
 """A verdict in words, as a table and as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,11 +152,20 @@ _SHORT = {"l0": "L0", "fvu": "FVU", "silent_share": "silent", "always_on_share":
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows under short headings, aligned for a terminal."""
     heads = ("cause tried", "L0", "FVU", "silent", "always on", "distance", "restores")
-    cells = [heads, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    return aligned([heads, *(_cells(row) for row in rows)], (0, len(heads) - 1))
+
+
+def aligned(cells: Sequence[Sequence[str]], words: Collection[int]) -> str:
+    """Return lines of cells under each other for a terminal.
+
+    Args:
+        cells: The lines, the headings first.
+        words: Which columns hold words and stand to the left; the others hold numbers.
+    """
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in (0, len(heads) - 1) else cell.rjust(width)
+            cell.ljust(width) if i in words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in cells

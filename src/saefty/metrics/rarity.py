@@ -84,3 +84,27 @@ def appearance(
         here = places == place
         numbers[layer][ids[here]] = number[here]
     return numbers
+
+
+def unseen(once: int, twice: int, samples: int) -> tuple[float, float]:
+    """Return how many latents that fired in no text would fire in more, at least, and its error.
+
+    Chao's estimate of unseen species and its standard error (Chao 1987, in the bias-corrected form
+    for samples of presence and absence), with texts as samples: many latents that fired in a
+    single text are a sign of many that were missed.
+
+    Args:
+        once: Latents that fired in exactly one text.
+        twice: Latents that fired in exactly two.
+        samples: How many texts were read.
+    """
+    if samples < 1:
+        return 0.0, 0.0
+    share, below = (samples - 1) / samples, twice + 1
+    variance = (
+        share * once * (once - 1) / (2 * below)
+        + share**2 * once * (2 * once - 1) ** 2 / (4 * below**2)
+        + share**2 * once**2 * twice * (once - 1) ** 2 / (4 * below**4)
+    )
+    # Never -0: that is what (0 - 1) times no latent would give.
+    return max(0.0, share * once * (once - 1) / (2 * below)), variance**0.5

@@ -67,18 +67,20 @@ def draw(data: FiringStats, figure: Canvas) -> None:
     heights = np.arange(int(np.floor(ends[2])), int(np.ceil(ends[3])) + 1)
     heights = heights[(heights >= ends[2]) & (heights <= ends[3])]
     heights = heights[:: -(-len(heights) // TICKS) or 1]
-    if len(heights) >= 2:
-        ax.set_yticks(heights, [f"{10.0 ** int(one):g}" for one in heights])
-    else:
-        ax.set_yticks(places := ax.get_yticks(), [f"{10.0**one:.3g}" for one in places])
-        ax.set_ylim(ends[2], ends[3])
+    if len(heights) < 2:  # less than two decades: round numbers between them
+        values = np.outer(10.0 ** np.arange(np.floor(ends[2]), ends[3] + 1), (1, 2, 5)).ravel()
+        heights = np.log10(values)
+        heights = heights[(heights >= ends[2]) & (heights <= ends[3])]
+    ax.set_yticks(heights, [f"{10.0**one:.3g}" for one in heights])
     ax.grid(visible=False)
     bar = figure.colorbar(cells, ax=ax, pad=0.02)
     bar.set_label("latents in a cell")
     bar.ax.tick_params(colors=LIGHT)
     ax.set_xlabel(f"firing rate over {tokens:,} token{'s'[: tokens - 1]} (log scale)")
     ax.set_ylabel("mean activation where active (log scale)")
+    silent = counts["dead"]
+    unseen = f"{silent:,} that never fire ({silent / latents:.1%}) are not shown"
     ax.set_title(
-        f"{latents:,} latents: {counts['dead']:,} dead ({counts['dead'] / latents:.1%}) are not "
-        f"shown, {counts['always on']:,} always on"
+        f"{latents:,} latents: {unseen if silent else 'all fire'}, "
+        f"{counts['always on']:,} always on"
     )
