@@ -184,19 +184,25 @@ def mean_activation(
 
 
 def pool_dense(
-    data: Labelled, store: ActivationStore, layer: int, how: Literal["mean", "last"]
+    data: Labelled, store: ActivationStore, layer: int, how: Literal["max", "mean", "last"]
 ) -> Float[np.ndarray, "examples d_in"]:
-    """Return one activation an example: the mean over its tokens, or its last token's."""
-    pooled = np.zeros((len(data.rows), store.d_in))
+    """Return one activation an example: the largest or mean over its tokens, or its last token's.
+
+    An example without a token in the store has zeros.
+    """
+    pooled = np.full((len(data.rows), store.d_in), -np.inf if how == "max" else 0.0)
     tokens = np.zeros(len(data.rows))
     for x, owner in activation_blocks(data, store, layer):
         if how == "last":
             pooled[owner] = x  # rows lie in order, so the last token is written last
+        elif how == "max":
+            np.maximum.at(pooled, owner, x)
         else:
             np.add.at(pooled, owner, x)
         tokens += np.bincount(owner, minlength=len(tokens))
     if how == "mean":
         pooled /= tokens.clip(min=1)[:, None]
+    pooled[tokens == 0] = 0.0
     return pooled
 
 

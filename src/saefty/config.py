@@ -53,13 +53,20 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
-    """Build a configuration from defaults, a YAML file and KEY=VALUE words, in that order.
+def load_config(
+    cls: type[C],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> C:
+    """Build a configuration from defaults, a YAML file, words and values, in that order.
 
     Args:
         cls: The command's configuration class.
         path: A YAML file, or None for the defaults alone.
-        overrides: Words such as `sae.k=32` or `extract.layers=[0,2,4]`.
+        overrides: KEY=VALUE words such as `sae.k=32` or `extract.layers=[0,2,4]`.
+        values: Values by dotted key that are taken as they are, not read as YAML, such as the
+            folder that a flag names.
 
     Raises:
         ConfigError: If the file or a word cannot be read, or any key or value is refused; the
@@ -76,6 +83,8 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
                 then="Write for example sae.k=32, without spaces around the equals sign.",
             )
         _place(tree, key, _read_word(cls, key, value), word)
+    for key, value in (values or {}).items():
+        _place(tree, key, value, f"{key}={value}")
     return build_config(cls, tree)
 
 

@@ -1,5 +1,6 @@
-"""What a person sets about an evaluation: which features, how to test them, what to silence."""
+"""What a person sets about an evaluation or a comparison of detectors."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -72,6 +73,9 @@ class InterventionSection(Config):
     fluency: str = "perplexity"
     """The judge of fluency."""
 
+    fluency_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the judge of fluency; `perplexity` has none."""
+
     max_new_tokens: int = Field(default=64, gt=0)
     """Longest reply, in tokens."""
 
@@ -80,3 +84,64 @@ class InterventionSection(Config):
 
     batch_size: int = Field(default=32, gt=0)
     """Most prompts in one forward pass."""
+
+
+class ProbeSection(Config):
+    """Which features to compare with other inputs, and how."""
+
+    features: str | None = None
+    """A feature store: a run's folder or `latest`."""
+
+    sae: str | None = None
+    """With `probe.store` and without `probe.features`: a training run or an SAE, applied to the
+    store on the way."""
+
+    store: str | None = None
+    """An activation store, a run's folder or `latest`: what `probe.sae` encodes. Beside
+    `probe.features`: activations of the same examples, so that the model is not run again."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to compare; None takes all in the store."""
+
+    poolings: tuple[Literal["max", "mean", "last"], ...] = ("max", "mean", "last")
+    """How the latents and activations of an example's tokens become one row; which one a detector
+    uses is chosen on folds of the training side."""
+
+    k: tuple[int, ...] | None = None
+    """How many latents the k-sparse probes read; None takes those of 1, 2, 5, 16, 64 that are not
+    more than there are."""
+
+    test_share: float = Field(default=0.3, gt=0.0, lt=1.0)
+    """Share of the examples that detectors are judged on; whole prompt groups."""
+
+    balanced: bool = True
+    """Also train on a subset with as many harmful as harmless examples, if there is one."""
+
+    leave_one_source_out: bool = True
+    """Also train on all sources but one, and judge on that one."""
+
+    one_vs_rest: bool = True
+    """Also tell each category from all other examples."""
+
+    baselines: bool = True
+    """Compare with dense activations and a random SAE; needs the model or the store."""
+
+    drop_missing_labels: bool = False
+    """Leave out examples without a label instead of refusing them."""
+
+    permutations: int = Field(default=2000, ge=100)
+    """Exchanges of the paired permutation test, at least; 100 for each pair where there are many
+    pairs."""
+
+    boots: int = Field(default=1000, ge=100)
+    """Draws of each bootstrap."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes split, folds, random directions, permutations and bootstrap."""
+
+    save: Path | None = None
+    """Write a detector into this folder, as a guard."""
+
+    save_detector: str | None = None
+    """Which one, by the name in the report's table; None takes the one with the least loss on
+    folds of the training side."""

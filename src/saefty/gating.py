@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from saefty import fsio
 from saefty.interventions.gate import gate
 from saefty.judges.base import Judge
+from saefty.judges.coverage import Coverage, coverage
 from saefty.log import progress
 from saefty.metrics.intervals import Bootstrap, Interval
 from saefty.models.base import ModelAdapter
@@ -57,6 +58,8 @@ class Behaviour:
         fluency: Mean fluency.
         judged: Replies that could be judged.
         prompts: Replies in all.
+        coverage: How many replies have no score of behaviour, and what they could change.
+        fluency_coverage: The same of fluency.
     """
 
     rate: Interval
@@ -64,6 +67,8 @@ class Behaviour:
     fluency: Interval
     judged: int
     prompts: int
+    coverage: Coverage
+    fluency_coverage: Coverage
 
 
 @dataclass(frozen=True)
@@ -229,4 +234,6 @@ def _behaviour(
         fluency=draws.mean(fluency[mask]),
         judged=int((~np.isnan(shown[mask])).sum()),
         prompts=int(mask.sum()),
+        coverage=coverage(shown[mask]),
+        fluency_coverage=coverage(fluency[mask]),
     )

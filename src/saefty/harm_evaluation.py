@@ -10,18 +10,15 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
 from saefty.baselines import (
-    Labelled,
     dense_probes,
     luck_controls,
-    names_to_codes,
     task_of,
     text_and_latent_probes,
 )
-from saefty.encoding import stored_pieces, write_features
-from saefty.errors import ConfigError, InputError, MismatchError
+from saefty.errors import ConfigError, MismatchError
 from saefty.evaluation import LatentEvaluation, evaluate_latents
+from saefty.evaluation_inputs import encoded, labelled_examples, read_again
 from saefty.evaluation_settings import EvalSection, InterventionSection
-from saefty.extraction import write_activations
 from saefty.gating import (
     GatePoint,
     conditions,
@@ -35,12 +32,11 @@ from saefty.metrics.intervals import Interval
 from saefty.metrics.leaks import LeakWarning, find_leaks
 from saefty.models.base import ModelAdapter
 from saefty.probes import ProbeResult
-from saefty.reading import ReadingSection, prepare
+from saefty.reading import ReadingSection
 from saefty.records import Site, example_from
 from saefty.runs import Ledger
 from saefty.saes.base import SparseAutoencoder
 from saefty.stores.activations import ActivationStore
-from saefty.stores.base import EXAMPLES
 from saefty.stores.features import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -132,11 +128,13 @@ class HarmEvaluation:
         self.activations: ActivationStore | None = None
         if isinstance(source, ActivationStore):
             self.activations = source
-            self.features = self._encoded(source)
+            self.features = encoded(source, self.saes, folder / "features", fingerprint)
         else:
             self.features = source
         self.records = self.features.examples()
-        self.data = self._labelled()
+        self.data = labelled_examples(
+            self.records, ledger, drop_missing=settings.drop_missing_labels, section="eval"
+        )
         self.layers = settings.layers or self.features.layers
 
     def run(self) -> list[LayerResult]:
@@ -145,59 +143,6 @@ class HarmEvaluation:
             self._check_latents()
         embedding = self._activations_if_wanted()
         return [self._layer(layer, embedding) for layer in self.layers]
-
-    def _encoded(self, store: ActivationStore) -> FeatureStore:
-        folder = self.folder / "features"
-        store.copy_examples(folder)
-        return write_features(
-            folder,
-            self.fingerprint,
-            lambda done: stored_pieces(store, sorted(self.saes), done),
-            self.saes,
-            model_name=str(store.manifest.get("model_name", "")),
-            extra=[EXAMPLES],
-        )
-
-    def _labelled(self) -> Labelled:
-        """Return the examples that were read and have a label; count the others."""
-        ledger = self.ledger
-        rows, missing = [], 0
-        for i, record in enumerate(self.records):
-            if record["status"] != "ok":
-                ledger.skipped[record["status"]] += 1
-            elif record["label"] is None:
-                missing += 1
-            else:
-                rows.append(i)
-        if missing and not self.settings.drop_missing_labels:
-            raise InputError(
-                f"{missing} of {len(self.records)} examples have no label.",
-                then=("Set eval.drop_missing_labels=true to leave them out, or s" if rows else "S")
-                + "et data.label (and data.harmful) to the column that holds the labels, and "
-                "encode again.",
-            )
-        if missing:
-            ledger.skipped["no_label"] += missing
-        ledger.ok = len(rows)
-        harmful = np.array([self.records[i]["label"] for i in rows], dtype=bool)
-        if harmful.all() or not harmful.any():
-            raise InputError(
-                f"all {len(rows)} labelled examples are "
-                f"{'harmful' if len(rows) and harmful.all() else 'harmless'}; an evaluation needs "
-                "both kinds.",
-                then="Check data.label and data.harmful, or add examples of the other kind.",
-            )
-        groups = [self.records[i]["group"] for i in rows]
-        sources = names_to_codes([self.records[i]["source"] for i in rows])
-        several = sources is not None and len(np.unique(sources)) > 1
-        return Labelled(
-            rows=np.array(rows),
-            texts=tuple(self.records[i]["text"] for i in rows),
-            harmful=harmful,
-            clusters=names_to_codes(groups),
-            sources=sources if several else None,
-            n_table=len(self.records),
-        )
 
     def _check_latents(self) -> None:
         for layer in self.layers:
@@ -215,19 +160,15 @@ class HarmEvaluation:
         """Extract what the dense baselines need; return the store of the embedding's output."""
         if not self.settings.baselines or self.model is None:
             return None
-        examples = [example_from(self.records[i]) for i in range(len(self.records))]
-        section = self.reading
         if self.activations is None:
             sites = [self.features.site(layer) for layer in self.layers]
-            reading = prepare(self.model, examples, section, len(sites))
-            self.activations = write_activations(
-                self.folder / "activations", self.fingerprint, self.model, reading, sites, section
-            )
-        reading = prepare(self.model, examples, section)
-        site = Site(0, "resid_pre")
-        return write_activations(
-            self.folder / "embedding", self.fingerprint, self.model, reading, [site], section
-        )
+            self.activations = self._read(sites, "activations")
+        return self._read([Site(0, "resid_pre")], "embedding")
+
+    def _read(self, sites: list[Site], name: str) -> ActivationStore:
+        assert self.model is not None  # asked before
+        folder = self.folder / name
+        return read_again(self.records, self.model, self.reading, sites, folder, self.fingerprint)
 
     def _layer(self, layer: int, embedding: ActivationStore | None) -> LayerResult:
         cfg, data = self.settings, self.data
@@ -323,7 +264,7 @@ class HarmEvaluation:
         name = self.intervention.fluency
         if name == "perplexity":
             return JUDGES[name](self.model, unsteered)
-        return make_judge(name, {}, "intervention.fluency")
+        return make_judge(name, self.intervention.fluency_options, "intervention.fluency")
 
     def _activity(self, layer: int, sae: SparseAutoencoder) -> Float[np.ndarray, "d_sae"]:
         """Return what each latent contributes to a token on average, as a norm in raw units."""

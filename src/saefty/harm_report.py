@@ -5,21 +5,26 @@ behaviour, then what else could tell the labels, then how well single latents te
 controls.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saefty import fsio
 from saefty.baselines import Labelled
+from saefty.errors import InputError
 from saefty.gating import GatePoint
 from saefty.harm_evaluation import GateResult, LayerResult
 from saefty.harm_tables import LATENT_COLUMNS, gate_table, latent_table, probe_table
+from saefty.judges.coverage import require_coverage
 from saefty.metrics.intervals import Interval
 from saefty.plots.base import save_plot
 from saefty.plots.gate_curve import GateCurve
 from saefty.plots.latent_ranking import LatentRanking
 from saefty.plots.loss_curve import TrainingCurve
 from saefty.report import Section, Table, plain, write_report
+
+log = logging.getLogger(__name__)
 
 LISTED_LATENTS = 10
 TRAIN_LOG = "train_log.jsonl"
@@ -184,6 +189,16 @@ def _sections(folder: Path, result: LayerResult, *, several: bool) -> list[Secti
 
 
 def _gate_section(folder: Path, result: LayerResult, gating: GateResult, prefix: str) -> Section:
+    title = _title(prefix, "what silencing latents does")
+    text = (
+        "Replies of the model with latents silenced in its forward pass, to prompts of the half "
+        "that had no part in choosing them. `target` are the chosen latents, `control` equally "
+        "active ones that do not track harm; a change is paired with the ungated reply."
+    )
+    sparse = _too_few_scores(gating)
+    if sparse:
+        log.warning("layer %d: %s", result.layer, sparse)
+        return Section(title, f"{text}\n\n**No picture:** {sparse}", gate_table(gating))
     path = save_plot(
         "gate_curve",
         _curve(gating),
@@ -191,10 +206,8 @@ def _gate_section(folder: Path, result: LayerResult, gating: GateResult, prefix:
         size=TALL,
     )
     return Section(
-        _title(prefix, "what silencing latents does"),
-        "Replies of the model with latents silenced in its forward pass, to prompts of the half "
-        "that had no part in choosing them. `target` are the chosen latents, `control` equally "
-        "active ones that do not track harm; a change is paired with the ungated reply.",
+        title,
+        text,
         gate_table(gating),
         str(path.relative_to(folder)),
         f"{gating.behaviour.capitalize()} and fluency against the number of silenced latents.",
@@ -245,6 +258,23 @@ def _latent_sections(folder: Path, result: LayerResult, prefix: str) -> list[Sec
             )
         )
     return found
+
+
+def _too_few_scores(gating: GateResult) -> str:
+    """Return why the curve is not drawn, or nothing."""
+    for point in gating.points:
+        for label in ("harmful", "harmless"):
+            group = getattr(point, label)
+            for what, found in (
+                (gating.behaviour, group.coverage),
+                ("fluency", group.fluency_coverage),
+            ):
+                try:
+                    where = f"the curve ({what} on {label} prompts, {point.count} latents silenced)"
+                    require_coverage(found.judged, found.total, what=where)
+                except InputError as error:
+                    return error.message
+    return ""
 
 
 def _curve(gating: GateResult) -> GateCurve:

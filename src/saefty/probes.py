@@ -7,11 +7,10 @@ same five values, on the same three folds of the training clusters, for every in
 input needs (vocabulary, scales, the choice of k latents) is learnt on the training clusters only.
 """
 
-import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,17 +21,74 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from saefty.errors import InputError
+from saefty.linear import Linear
 from saefty.metrics.alignment import auroc
 from saefty.metrics.base import Pooled, as_columns, check_labels, group_codes
 from saefty.metrics.intervals import Bootstrap, Interval
+from saefty.words import bag_of_words
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 FOLDS = 3
 STEPS = 1000
-NGRAM = 3
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 Inputs = csr_array | np.ndarray
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Which columns a probe reads, and how it scales them: all it learns before it weighs them.
+
+    Attributes:
+        columns: In the order in which they are read.
+        center: What is taken from each; None takes nothing, and zeros stay zeros.
+        scale: What each is divided by.
+    """
+
+    columns: Int[np.ndarray, "read"]
+    center: Float[np.ndarray, "read"] | None
+    scale: Float[np.ndarray, "read"]
+
+    def apply(self, x: Inputs) -> Inputs:
+        """Return the columns that are read, scaled."""
+        if isinstance(x, np.ndarray):
+            dense = x[:, self.columns]
+            return (dense if self.center is None else dense - self.center) / self.scale
+        sparse = csr_array(x[:, self.columns])
+        sparse.data = sparse.data / self.scale[sparse.indices]
+        return sparse
+
+    def narrowed(self, kept: Int[np.ndarray, "kept"]) -> "Scaling":
+        """Return the scaling of some of the columns."""
+        center = None if self.center is None else self.center[kept]
+        return Scaling(self.columns[kept], center, self.scale[kept])
+
+
+Learn = Callable[[Inputs, Bool[np.ndarray, "train"]], Scaling]
+"""Learns a scaling from the training rows of an input and their labels."""
+
+
+Folds = list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
+"""For each fold, the rows of the training side to learn from, and the rows that are left out."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a probe learnt on the training side.
+
+    Attributes:
+        linear: What scores an input.
+        strength: The chosen C, the inverse of the penalty.
+        converged: Whether the optimiser came to rest within its budget.
+        fold_loss: Mean log loss on the folds left out; NaN where there are too few clusters.
+        held_out: For each training example the log-odds it got while it was left out; NaN where
+            it never was.
+    """
+
+    linear: Linear
+    strength: float
+    converged: bool
+    fold_loss: float
+    held_out: Float[np.ndarray, "train"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +135,7 @@ class ProbeResult:
         converged: Whether the optimiser came to rest within its budget.
         scores: The log-odds it gave each test example.
         examples: Training and test examples.
+        linear: What it learnt on the training examples; for a bag of words a column is a word.
     """
 
     name: str
@@ -91,6 +148,7 @@ class ProbeResult:
     converged: bool
     scores: Float[np.ndarray, "test"]
     examples: tuple[int, int]
+    linear: Linear
 
 
 def probe_words(texts: Sequence[str], task: ProbeTask) -> ProbeResult:
@@ -119,7 +177,7 @@ def probe_words(texts: Sequence[str], task: ProbeTask) -> ProbeResult:
             then="Check data.text: it must name the column with the text.",
         ) from error
     asked = vectorizer.transform([texts[i] for i in test])
-    return _judge("bag of words", csr_array(learnt), csr_array(asked), task)
+    return _judge("bag of words", csr_array(learnt), csr_array(asked), read_present, task)
 
 
 def probe_dense(
@@ -136,10 +194,7 @@ def probe_dense(
         The result.
     """
     learnt, asked = x[task.train].astype(np.float64), x[task.test].astype(np.float64)
-    mean, spread = learnt.mean(axis=0), learnt.std(axis=0)
-    kept = spread > 1e-9 * np.abs(mean) + np.finfo(float).tiny
-    learnt, asked = ((part[:, kept] - mean[kept]) / spread[kept] for part in (learnt, asked))
-    return _judge(name, learnt, asked, task)
+    return _judge(name, learnt, asked, standardise, task)
 
 
 def probe_latents(pooled: Pooled, task: ProbeTask, *, name: str = "SAE latents") -> ProbeResult:
@@ -153,8 +208,8 @@ def probe_latents(pooled: Pooled, task: ProbeTask, *, name: str = "SAE latents")
     Returns:
         The result.
     """
-    learnt, asked = _scaled(pooled, task)
-    return _judge(name, learnt, asked, task)
+    rows = csr_array(as_columns(pooled))
+    return _judge(name, rows[task.train], rows[task.test], divide_by_deviation, task)
 
 
 def probe_k_sparse(pooled: Pooled, task: ProbeTask, *, k: int) -> ProbeResult:
@@ -168,95 +223,177 @@ def probe_k_sparse(pooled: Pooled, task: ProbeTask, *, k: int) -> ProbeResult:
     Returns:
         The result.
     """
-    learnt, asked = _scaled(pooled, task)
-    distance = np.abs(auroc(learnt, task.harmful[task.train]) - 0.5)
-    best = np.argsort(-distance, kind="stable")[:k]
-    name = f"{k} latent{'s' if k > 1 else ''}"
-    return _judge(name, csr_array(learnt[:, best]), csr_array(asked[:, best]), task)
-
-
-def bag_of_words(text: str) -> Iterator[str]:
-    """Yield the words of a text, and runs of 1 to 3 characters where words have no spaces."""
-    for word in "".join(map(_letter, unicodedata.normalize("NFKC", text).casefold())).split():
-        if any(_unspaced(letter) for letter in word):
-            for n in range(1, NGRAM + 1):
-                yield from (word[i : i + n] for i in range(len(word) - n + 1))
-        else:
-            yield word
-
-
-def _scaled(pooled: Pooled, task: ProbeTask) -> tuple[csr_array, csr_array]:
     rows = csr_array(as_columns(pooled))
-    learnt, asked = csr_array(rows[task.train]), csr_array(rows[task.test])
-    mean = np.asarray(learnt.mean(axis=0)).ravel()
-    variance = np.asarray(learnt.power(2).mean(axis=0)).ravel() - mean**2
+    return _judge(
+        sparse_family(k), rows[task.train], rows[task.test], partial(read_best, k=k), task
+    )
+
+
+def sparse_family(k: int) -> str:
+    """Return the name of the detectors that read k latents."""
+    return f"{k} latent{'s' if k > 1 else ''}"
+
+
+def standardise(x: Inputs, labels: Bool[np.ndarray, "train"]) -> Scaling:
+    """Learn mean and deviation of each column; columns that do not vary are not read."""
+    x = np.asarray(x)
+    mean, spread = x.mean(axis=0), x.std(axis=0)
+    kept = np.flatnonzero(spread > 1e-9 * np.abs(mean) + np.finfo(float).tiny)
+    return Scaling(kept, mean[kept], spread[kept])
+
+
+def divide_by_deviation(x: Inputs, labels: Bool[np.ndarray, "train"]) -> Scaling:
+    """Learn the deviation of each column, without a centre: zeros stay zeros."""
+    rows = csr_array(x)
+    mean = np.asarray(rows.mean(axis=0)).ravel()
+    variance = np.asarray(rows.power(2).mean(axis=0)).ravel() - mean**2
     kept = np.flatnonzero(variance > 1e-12 * mean**2 + np.finfo(float).tiny)
-    scale = np.sqrt(variance[kept])
-    result = []
-    for part in (learnt, asked):
-        columns = csr_array(part[:, kept])
-        columns.data = columns.data / scale[columns.indices]
-        result.append(columns)
-    return result[0], result[1]
+    return Scaling(kept, None, np.sqrt(variance[kept]))
 
 
-def _judge(name: str, learnt: Inputs, asked: Inputs, task: ProbeTask) -> ProbeResult:
-    """Choose the penalty on folds of the training side, fit, and measure on the test side."""
-    labels, truth = task.harmful[task.train], task.harmful[task.test]
-    codes = group_codes(task.clusters, len(task.harmful))
-    base_rate, sizes = float(truth.mean()), (len(labels), len(truth))
-    if learnt.shape[1] == 0:
-        scores, strength, converged = np.zeros(len(truth)), STRENGTHS[0], True
+def read_best(x: Inputs, labels: Bool[np.ndarray, "train"], *, k: int) -> Scaling:
+    """Learn which k columns have the AUROC that is furthest from ½, and their deviations."""
+    scaling = divide_by_deviation(x, labels)
+    distance = np.abs(auroc(scaling.apply(csr_array(x)), labels) - 0.5)
+    return scaling.narrowed(np.argsort(-distance, kind="stable")[:k])
+
+
+def read_present(x: Inputs, labels: Bool[np.ndarray, "train"]) -> Scaling:
+    """Learn which columns hold anything, as a vocabulary is learnt; they keep their scale."""
+    present = np.flatnonzero(np.asarray(abs(csr_array(x)).sum(axis=0)).ravel())
+    return Scaling(present, None, np.ones(len(present)))
+
+
+def make_folds(
+    labels: Bool[np.ndarray, "train"], codes: Int[np.ndarray, "train"], seed: int = 0
+) -> Folds:
+    """Divide the training side by cluster, into rows to learn from and rows that are left out.
+
+    Args:
+        labels: The labels; both kinds must be present.
+        codes: A code an example, equal for examples that belong together.
+        seed: The same seed makes the same folds.
+
+    Returns:
+        Three folds, or fewer where large clusters leave one with a single label; none where a
+        label has too few clusters for each fold to hold one.
+    """
+    smallest = min(len(np.unique(codes[labels == kind])) for kind in (True, False))
+    if smallest < FOLDS:
+        return []
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    return [
+        (inner, outer)
+        for inner, outer in folds.split(np.zeros(len(labels)), labels, codes)
+        if len(np.unique(labels[inner])) == 2
+    ]
+
+
+def fit_probe(
+    x: Inputs,
+    labels: Bool[np.ndarray, "train"],
+    folds: Folds,
+    learn: Learn,
+    *,
+    nested: bool = True,
+) -> Fit:
+    """Choose the penalty on folds of the training side, then fit all of it.
+
+    Args:
+        x: The training rows of an input, all its columns.
+        labels: The labels; both kinds must be present.
+        folds: Of the training rows, from `make_folds`.
+        learn: How the input is scaled, and which columns are read.
+        nested: Learn the scaling again in each fold, so that the rows left out had no part in it.
+            Scores held out and losses can then be compared between inputs; otherwise only between
+            strengths.
+    """
+    scaling = learn(x, labels)
+    scaled = scaling.apply(x)
+    if scaled.shape[1] == 0:
+        chosen = STRENGTHS[0], float(np.log(2.0)), np.zeros(len(labels))
     else:
-        strength = _choose(learnt, labels, codes[task.train], task.seed)
-        scores, converged = _fit(learnt, labels, asked, strength)
+        chosen = _choose(x if nested else scaled, labels, folds, learn if nested else _all)
+    strength, loss, held_out = chosen
+    weights, bias, converged = np.zeros(scaled.shape[1]), 0.0, True
+    if scaled.shape[1]:
+        model = _fitted(scaled, labels, strength)
+        weights, bias = model.coef_[0], float(model.intercept_[0])
+        converged = bool(model.n_iter_.max() < STEPS)
+    order = np.argsort(scaling.columns)
+    center = np.zeros(len(order)) if scaling.center is None else scaling.center
+    linear = Linear(
+        scaling.columns[order],
+        center[order],
+        scaling.scale[order],
+        weights[order],
+        bias,
+        x.shape[1],
+    )
+    return Fit(linear, strength, converged, loss, held_out)
+
+
+def measure_probe(
+    name: str, fit: Fit, scores: Float[np.ndarray, "test"], task: ProbeTask
+) -> ProbeResult:
+    """Return how well a fitted probe did, from the scores it gave the test examples."""
+    truth = task.harmful[task.test]
+    codes = group_codes(task.clusters, len(task.harmful))
     bootstrap = Bootstrap(len(truth), codes[task.test], boots=task.boots, seed=task.seed)
     intervals = bootstrap.ranking(scores, truth)
     return ProbeResult(
         name,
         **intervals,
-        base_rate=base_rate,
-        inputs=learnt.shape[1],
-        strength=strength,
-        converged=converged,
+        base_rate=float(truth.mean()),
+        inputs=len(fit.linear.columns),
+        strength=fit.strength,
+        converged=fit.converged,
         scores=scores,
-        examples=sizes,
+        examples=(int(task.train.sum()), len(truth)),
+        linear=fit.linear,
     )
 
 
-def _choose(x: Inputs, labels: np.ndarray, codes: np.ndarray, seed: int) -> float:
+def _judge(name: str, learnt: Inputs, asked: Inputs, learn: Learn, task: ProbeTask) -> ProbeResult:
+    """Fit on the training side, and measure on the test side."""
+    labels = task.harmful[task.train]
+    codes = group_codes(task.clusters, len(task.harmful))[task.train]
+    fit = fit_probe(learnt, labels, make_folds(labels, codes, task.seed), learn, nested=False)
+    return measure_probe(name, fit, fit.linear.score(asked), task)
+
+
+def _all(x: Inputs, labels: np.ndarray) -> Scaling:
+    columns = np.arange(x.shape[1])
+    return Scaling(columns, None, np.ones(len(columns)))
+
+
+def _choose(
+    x: Inputs, labels: np.ndarray, folds: Folds, learn: Learn
+) -> tuple[float, float, Float[np.ndarray, "train"]]:
     """Return the strength whose mean log loss on the folds left out is the least."""
-    smallest = min(len(np.unique(codes[labels == kind])) for kind in (True, False))
-    if smallest < FOLDS:
-        return 1.0  # too few prompt groups of a label for each fold to hold one
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    unknown = np.full(len(labels), np.nan)
+    if not folds:
+        return 1.0, float("nan"), unknown
     loss = np.zeros(len(STRENGTHS))
-    for inner, outer in folds.split(np.zeros(len(labels)), labels, codes):
-        if len(np.unique(labels[inner])) < 2:
-            continue  # large clusters can leave a fold with one label
+    held_out = np.tile(unknown, (len(STRENGTHS), 1))
+    for inner, outer in folds:
         sign = np.where(labels[outer], 1.0, -1.0)
+        scaling = learn(x[inner], labels[inner])
+        seen, left_out = scaling.apply(x[inner]), scaling.apply(x[outer])
         for i, strength in enumerate(STRENGTHS):
-            scores, _ = _fit(x[inner], labels[inner], x[outer], strength)
+            if seen.shape[1]:
+                scores = _fitted(seen, labels[inner], strength).decision_function(left_out)
+            else:
+                scores = np.zeros(len(outer))
+            held_out[i, outer] = scores
             loss[i] += np.logaddexp(0.0, -sign * scores).mean()
-    return STRENGTHS[int(np.argmin(loss))]
+    best = int(np.argmin(loss))
+    return STRENGTHS[best], float(loss[best] / len(folds)), held_out[best]
 
 
-def _fit(
-    x: Inputs, labels: np.ndarray, asked: Inputs, strength: float
-) -> tuple[Float[np.ndarray, "asked"], bool]:
+def _fitted(x: Inputs, labels: np.ndarray, strength: float) -> LogisticRegression:
     model = LogisticRegression(C=strength, max_iter=STEPS)
     with warnings.catch_warnings():
         # Reported as ProbeResult.converged instead.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x, labels)
-    return np.asarray(model.decision_function(asked)), bool(model.n_iter_.max() < STEPS)
-
-
-@lru_cache(maxsize=1 << 16)
-def _letter(character: str) -> str:
-    return character if unicodedata.category(character)[0] in "LMN" else " "
-
-
-@lru_cache(maxsize=1 << 16)
-def _unspaced(letter: str) -> bool:
-    return unicodedata.name(letter, "").startswith(UNSPACED)
+        return model.fit(x, labels)

@@ -10,6 +10,8 @@ from PIL import Image
 from scipy.sparse import csr_array
 
 from contracts.code_plots import CODE_PLOTS
+from contracts.detector_plots import DETECTOR_PLOTS
+from contracts.steering_plots import STEERING_PLOTS
 from saefty.metrics.firing import firing_stats
 from saefty.metrics.intervals import Interval
 from saefty.plots.base import PLOTS, save_plot
@@ -20,6 +22,7 @@ from saefty.plots.latent_ranking import LatentRanking
 from saefty.plots.length_histogram import Lengths
 from saefty.plots.loss_curve import TrainingCurve
 from saefty.plots.nnz_histogram import LatentCounts
+from saefty.plots.steer_curve import SteerCurve
 from saefty.plots.token_bars import TokenBars, TokenPanel
 
 NAN = float("nan")
@@ -41,6 +44,12 @@ def ranking(n, found=True, controls=True):
 def gate(counts, fluency=True, value=0.9):
     line = tuple(interval(value) for _ in counts)
     return GateCurve(tuple(counts), *[line] * 4, *[line if fluency else ()] * 2)
+
+
+def steering(alphas, scores, **fields):
+    return SteerCurve(
+        tuple(alphas), tuple(interval(one, 0.4) for one in scores), "refusal", "Method 1", **fields
+    )
 
 
 def matrix(rows, columns):
@@ -130,6 +139,22 @@ SAMPLES = {
         "one latent, no control": ranking(1, controls=False),
         "no interval": LatentRanking(((7, Interval(0.6, NAN, NAN, "", 1), False),)),
     },
+    "steer_curve": {
+        "normal": steering(
+            np.linspace(-300, 300, 21),
+            np.linspace(1, 9, 21),
+            unit="in activation units",
+            marked=(122.0, -60.0),
+            thin=(0.0, 300.0),
+        ),
+        "a gap": steering([-2, 0, 2], [NAN, 3.0, 5.0], thin=(-2,)),
+        "nothing scored": steering([-2, 0, 2], [NAN] * 3),
+        "all the same": steering([-2, 0, 2], [4.0] * 3),
+        "no alpha": steering([], []),
+        "letters of the world": replace(
+            steering([0, 2], [1.0, 9.0]), what="日本語の使用 / 한국어 / французский язык"
+        ),
+    },
     "gate_curve": {
         "normal": gate([0, 1, 2, 4, 8, 16]),
         "without fluency": gate([0, 1, 8], fluency=False),
@@ -153,7 +178,7 @@ SAMPLES = {
         "not finite": {"layer 2": TrainingCurve(np.arange(3), np.array([1.0, NAN, NAN]))},
     },
 }
-SAMPLES |= CODE_PLOTS
+SAMPLES |= CODE_PLOTS | STEERING_PLOTS | DETECTOR_PLOTS
 CASES = [(name, case) for name, cases in SAMPLES.items() for case in cases]
 
 

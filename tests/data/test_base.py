@@ -72,7 +72,18 @@ def test_a_label_that_cannot_be_understood_is_refused(load, word):
     with pytest.raises(InputError, match="neither harmful nor harmless") as error:
         labels(load, [True, word])
     assert "row 1" in error.value.message
-    assert f"data.harmful='[{word}]'" in error.value.then
+    assert f"labels: true, {word}" in error.value.message
+    assert "data.harmful=" in error.value.then
+
+
+@pytest.mark.parametrize("values", [["safe", "unsafe"], ["unsafe", "safe"]])
+def test_the_harmless_label_never_stands_as_the_example_of_a_harmful_one(load, values):
+    with pytest.raises(InputError, match="labels: ") as error:
+        labels(load, values)
+    assert "data.harmful='[unsafe]'" in error.value.then
+    with pytest.raises(InputError, match="labels: fine, odd") as error:
+        labels(load, ["fine", "odd"])
+    assert "fine" not in error.value.then
 
 
 def test_harmful_values_make_all_others_harmless_and_keep_missing_ones(load):

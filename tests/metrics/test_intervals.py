@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from saefty.metrics.intervals import Bootstrap, ranking_measures
@@ -149,3 +149,19 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_an_interval_reads_as_a_line():
     text = str(Bootstrap(8).mean(np.array([1.0] * 7 + [0.0])))
     assert text == "0.875 [0.529, 0.978]"
+
+
+def test_what_no_draw_can_change_has_wilsons_interval_over_the_harmful_clusters():
+    harmful = np.arange(40) < 20
+    clusters = np.arange(40) // 2  # 10 of them are harmful
+    found = Bootstrap(40, clusters).ranking(harmful.astype(float), harmful)
+    low = 10 / (10 + norm.ppf(0.975) ** 2)  # Wilson's lower end of 10 in 10
+    for name in ("average_precision", "recall_at_1pct_fpr"):
+        assert found[name].estimate == 1.0
+        assert found[name].low == pytest.approx(low)
+        assert found[name].high == 1.0
+        assert found[name].method == "Wilson over 10 clusters"
+    none = Bootstrap(40, clusters).ranking(-harmful.astype(float), harmful)
+    recall = none["recall_at_1pct_fpr"]
+    assert (recall.estimate, recall.low) == (0.0, 0.0)
+    assert recall.high == pytest.approx(1 - low)

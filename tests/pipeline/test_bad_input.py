@@ -216,7 +216,7 @@ class TestData:
     def test_a_label_that_cannot_be_understood_and_the_key_that_helps(self, extract, file):
         path = file("l.jsonl", '{"text": "a", "label": "violence"}\n{"text": "b", "label": "-"}\n')
         said = extract(3, "row 0", "'violence' is neither harmful nor harmless",
-                       "data.harmful='[violence]'", data__path=path, data__id="")  # fmt: skip
+                       "labels: violence, -", data__path=path, data__id="")  # fmt: skip
         assert str(path) in said.err
 
     def test_a_harmful_value_that_no_row_has(self, extract, file):

@@ -19,7 +19,7 @@ N, D_SAE, TOKENS = 200, 12, 3
 WORDS = ("intervention.enabled=false", "eval.baselines=false", "eval.permutations=1000")
 
 
-def planted(folder, labels, seed=0):
+def planted(folder, labels, seed=0, change=lambda i: {}):
     """Write features in which latent 0 fires on harmful examples with probability 0.9, else 0.1."""
     rng = np.random.default_rng(seed)
     harmful = np.arange(N) % 2 == 0
@@ -41,7 +41,7 @@ def planted(folder, labels, seed=0):
             "example_id": f"e{i}", "prompt": f"text {rng.integers(10**6)}", "response": None,
             "messages": None, "image": None, "label": labels[i],
             "group": None, "source": "planted", "raw": True, "status": "ok",
-            "text": f"text {rng.integers(10**6)}",
+            "text": f"text {rng.integers(10**6)}", **change(i),
         }
         for i in range(N)
     ]  # fmt: skip

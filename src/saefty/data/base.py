@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from saefty.config import Config
+from saefty.data.labels import check_labels, is_missing, label_of, word_of
 from saefty.errors import ConfigError, InputError
 from saefty.records import Example, Message
 from saefty.registry import Registry, nearest
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 GUESSED_COLUMNS = {"messages": "messages", "prompt": "prompt", "text": "text"}
-TRUE_WORDS = frozenset({"true", "1", "1.0", "yes", "harmful"})
-FALSE_WORDS = frozenset({"false", "0", "0.0", "no", "harmless", "benign"})
 ROLES = (
     "text", "prompt", "response", "messages", "image", "label", "group", "category", "id", "source",
 )  # fmt: skip
@@ -113,7 +112,7 @@ class SourceSection(Config):
         if given is None or isinstance(given, dict):
             return given
         values = given if isinstance(given, list | tuple) else [given]
-        return tuple(_word(value) for value in values)
+        return tuple(word_of(value) for value in values)
 
 
 class PartSection(SourceSection):
@@ -190,10 +189,14 @@ def load_examples(section: DataSection) -> list[Example]:
         raise InputError(
             f"{where} holds no examples: 0 rows.", then="Check data.path and data.split."
         )
-    if section.harmful is not None:
-        judged = [own.get(_judged(own, section), "") for own in columns]
-        found = (record.get(name) for record, name in zip(records, judged, strict=True) if name)
-        _check_harmful(found, section, where)
+    check_labels(
+        (
+            _Cells(record, own, where).value(_judged(own, section))
+            for record, own in zip(records, columns, strict=True)
+        ),
+        section.harmful,
+        where,
+    )
     examples = [
         _example(record, own, section, i, source, f"{where}, row {i} (counted from 0)")
         for i, (record, own, source) in enumerate(zip(records, columns, sources, strict=True))
@@ -273,8 +276,7 @@ class _Cells:
     def value(self, role: str) -> Any:
         """Return a cell; None where it is missing."""
         value = self.record.get(self.columns[role]) if role in self.columns else None
-        missing = value is None or value == "" or (isinstance(value, float) and value != value)
-        return None if missing else value
+        return None if is_missing(value) else value
 
     def text(self, role: str) -> str | None:
         """Return a cell of text.
@@ -304,8 +306,7 @@ def _example(
     cells = _Cells(record, columns, where)
     columns, text = cells.columns, cells.text
     messages = _messages(cells.value("messages"), where) if "messages" in columns else None
-    judged = _judged(columns, section)
-    label = _label(cells.value(judged), section, where) if judged in columns else None
+    label = label_of(cells.value(_judged(columns, section)), section.harmful)
     if label is None and section.unlabelled is not None:
         label = section.unlabelled == "harmful"
     name = text("id")
@@ -345,48 +346,6 @@ def _check_writable(text: str, where: str) -> None:
             f"{where} holds {text[error.start]!r} at character {error.start}: half of a character.",
             then="Write the text again from its source; it was cut within a character.",
         ) from None
-
-
-def _label(value: Any, section: DataSection, where: str) -> bool | None:
-    if value is None or (isinstance(value, float) and value != value):
-        return None
-    if section.harmful is not None:
-        return _word(value) in section.harmful
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
-    word = str(value).strip().lower()
-    if word in TRUE_WORDS or word in FALSE_WORDS:
-        return word in TRUE_WORDS
-    raise InputError(
-        f"{where}: the label {value!r} is neither harmful nor harmless.",
-        then=f"Say which values are harmful, for example data.harmful='[{value}]'.",
-    )
-
-
-def _word(value: Any) -> str:
-    """Return how a label is written in `data.harmful`: the same for 1, 1.0 and "1"."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def _check_harmful(values: Iterable[Any], section: DataSection, where: str) -> None:
-    """Refuse values of `data.harmful` that never occur: a misspelt one would make all harmless."""
-    wanted = section.harmful or ()
-    seen = Counter(_word(value) for value in values if value is not None and value != "")
-    absent = [word for word in wanted if word not in seen]
-    if not seen or not absent:
-        return
-    found = ", ".join(f"{word!r} ({n})" for word, n in seen.most_common(10))
-    if len(absent) == len(wanted):
-        raise InputError(
-            f"no label of {where} is one of data.harmful={list(wanted)}; its labels are {found}."
-            f"{nearest(absent[0], list(seen))}",
-            then="Set data.harmful to the values that mean harmful.",
-        )
-    log.warning("%s has no label %s; its labels are %s", where, ", ".join(absent), found)
 
 
 def _check_ids(examples: Iterable[Example], where: str) -> None:

@@ -4,9 +4,11 @@ Rows of one cluster (a prompt and its variants) resemble each other, so clusters
 rows. Where every row has the same value, or a score separates the groups without an error, each
 draw is the same and a bootstrap would claim certainty; there the interval is Wilson's (1927) for a
 mean of bounded values and Newcombe's (2006, method 5) for an AUROC, both with the number of
-clusters for the number of observations.
+clusters for the number of observations. Recall, average precision and F1 are treated alike: as the
+mean over the clusters with a harmful example of a value from 0 to 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,8 @@ from saefty.metrics.base import group_codes
 
 LEVEL = 0.95
 FPR = 0.01
+# Draws that differ by rounding alone are alike.
+ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Bootstrap:
         if n == len(there) and np.isin(there, (0.0, 1.0)).all():
             low, high = self._wilson(mean, n)
             return Interval(mean, low, high, f"Wilson over {n} examples", n, self.level)
-        draws = _ratio(self.weights @ np.where(kept, values, 0.0), self.weights @ kept)
+        draws = ratio(self.weights @ np.where(kept, values, 0.0), self.weights @ kept)
         return self._percentiles(mean, draws, n)
 
     def difference(
@@ -132,7 +136,7 @@ class Bootstrap:
             if not group.any():
                 return Interval(np.nan, np.nan, np.nan, "no values in one group", 0, self.level)
             means.append(float(filled[group].mean()))
-            ends.append(_ratio(self.weights @ (filled * group), self.weights @ group))
+            ends.append(ratio(self.weights @ (filled * group), self.weights @ group))
         n = len(np.unique(self.codes[kept]))
         return self._percentiles(means[0] - means[1], ends[0] - ends[1], n)
 
@@ -153,8 +157,14 @@ class Bootstrap:
         measured = ranking_measures(scores, harmful, np.ones((1, len(scores))))
         both = (self.weights @ harmful > 0) & (self.weights @ ~harmful > 0)
         draws = ranking_measures(scores, harmful, self.weights[both])
+        found = len(np.unique(self.codes[harmful]))
         intervals = {
-            name: self._percentiles(float(measured[name][0]), draws[name], self.clusters)
+            name: self._percentiles(
+                float(measured[name][0]),
+                draws[name],
+                self.clusters,
+                None if name == "auroc" else found,
+            )
             for name in measured
         }
         area = intervals["auroc"].estimate
@@ -166,13 +176,40 @@ class Bootstrap:
             intervals["auroc"] = Interval(area, low, high, method, self.clusters, self.level)
         return intervals
 
-    def _percentiles(
-        self, estimate: float, draws: Float[np.ndarray, "draws"], clusters: int
+    def measured(
+        self,
+        measure: Callable[[Float[np.ndarray, "draws examples"]], Float[np.ndarray, "draws"]],
+        *,
+        over: Bool[np.ndarray, "examples"] | None = None,
     ) -> Interval:
+        """Return any measure with its interval.
+
+        Args:
+            measure: Gives one value for each row of weights, which say how often each example
+                counts; NaN for a row from which it cannot be found.
+            over: Of a measure from 0 to 1: the examples that it is a mean over, so that there is an
+                interval (Wilson's, over their clusters) where all draws are alike.
+        """
+        estimate = float(measure(np.ones((1, len(self.codes))))[0])
+        alike = None if over is None else len(np.unique(self.codes[over]))
+        return self._percentiles(estimate, measure(self.weights), self.clusters, alike)
+
+    def _percentiles(
+        self,
+        estimate: float,
+        draws: Float[np.ndarray, "draws"],
+        clusters: int,
+        alike: int | None = None,
+    ) -> Interval:
+        """Return the ends of the draws; Wilson's over `alike` clusters where they do not differ."""
         draws = draws[~np.isnan(draws)]
         if len(draws) == 0 or clusters < 2:
             return Interval(estimate, np.nan, np.nan, "too few clusters", clusters, self.level)
         low, high = np.quantile(draws, [(1 - self.level) / 2, (1 + self.level) / 2])
+        if alike and high - low < ROUNDING:
+            low, high = self._wilson(min(max(estimate, 0.0), 1.0), alike)
+            method = f"Wilson over {alike} clusters"
+            return Interval(estimate, low, high, method, clusters, self.level)
         method = f"bootstrap over {clusters} clusters"
         return Interval(estimate, float(low), float(high), method, clusters, self.level)
 
@@ -180,7 +217,8 @@ class Bootstrap:
         z2 = norm.ppf((1 + self.level) / 2) ** 2
         centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
         half = np.sqrt(z2 * rate * (1 - rate) / n + z2**2 / (4 * n**2)) / (1 + z2 / n)
-        return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
+        # Rounding must not leave the estimate outside its own interval.
+        return float(min(max(centre - half, 0.0), rate)), float(max(min(centre + half, 1.0), rate))
 
 
 def ranking_measures(
@@ -219,9 +257,10 @@ def ranking_measures(
     }
 
 
-def _ratio(
+def ratio(
     sums: Float[np.ndarray, "draws"], counts: Float[np.ndarray, "draws"]
 ) -> Float[np.ndarray, "draws"]:
+    """Return sums divided by counts; NaN where there is nothing to count."""
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 

@@ -130,3 +130,8 @@ def say_nothing_to_draw(ax: Axes, why: str) -> None:
     ax.set_axis_off()
     colour = LIGHT if mpl.rcParams["axes.facecolor"] == DARK else NEUTRAL
     ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color=colour)
+
+
+def shortened(name: str, most: int) -> str:
+    """Return a name with its end left out if it is longer than so many characters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"

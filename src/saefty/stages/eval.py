@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import model_validator
 
-from saefty.config import Config, build_config, config_tree
+from saefty.config import Config, config_tree
 from saefty.engine import ThreadsSection
-from saefty.errors import ConfigError
+from saefty.evaluation_inputs import recorded_model, recorded_reading, with_folders
 from saefty.evaluation_settings import EvalSection, InterventionSection
 from saefty.harm_evaluation import HarmEvaluation
 from saefty.harm_report import write_harm_report
@@ -16,13 +16,15 @@ from saefty.judges.base import make_judge
 from saefty.metrics.base import LATENT_SCORES
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.reading import ReadingSection
-from saefty.runs import METADATA, Run, RunSection, find_run, read_metadata, run_folder
+from saefty.runs import Run, RunSection, run_folder
 from saefty.saes.base import SparseAutoencoder
 from saefty.stages.base import Outcome, load_saes, model_inputs, open_model, settle_threads
 from saefty.stores.activations import ActivationStore
 from saefty.stores.features import FeatureStore
 
 log = logging.getLogger(__name__)
+
+WITHOUT_MODEL = "intervention.enabled=false and eval.baselines=false"
 
 
 class EvalConfig(Config):
@@ -59,7 +61,7 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
         cfg: The configuration.
         model: A model that is loaded already; None loads the one that made the features.
     """
-    cfg = _resolved(cfg)
+    cfg = cfg.model_copy(update={"eval": with_folders(cfg.eval, cfg.run.root)})
     _check_names(cfg)
     folder = run_folder(cfg.run, "eval")
     source: ActivationStore | FeatureStore
@@ -72,7 +74,8 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
     inputs: dict[str, Any] = {"source": source.manifest["fingerprint"]}
     needed = cfg.intervention.enabled or (cfg.eval.baselines and cfg.eval.store is None)
     if needed and model is None:
-        section = cfg.model or _recorded_model(source.folder)
+        section = cfg.model or recorded_model(source.folder, WITHOUT_MODEL)
+        recorded_reading(source.folder)  # what refuses a lost store comes before the model
         settle_threads(cfg.engine, cfg.run.dir)
         model = open_model(section, [])
     if model is not None:
@@ -90,7 +93,7 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
             saes=saes,
             load_saes=load_saes,
             model=model,
-            reading=_recorded_reading(source.folder),
+            reading=ReadingSection() if model is None else recorded_reading(source.folder),
             ledger=current.ledger,
         )
         results = evaluation.run()
@@ -105,45 +108,5 @@ def _check_names(cfg: EvalConfig) -> None:
     if cfg.intervention.enabled:
         make_judge(cfg.intervention.judge, cfg.intervention.judge_options)
         if cfg.intervention.fluency != "perplexity":  # made with the model's own replies
-            make_judge(cfg.intervention.fluency, {}, "intervention.fluency")
-
-
-def _recorded_reading(folder: Path) -> ReadingSection:
-    """Return how a run read its examples, as far as it decides which tokens they have."""
-    if not (folder / METADATA).exists():
-        return ReadingSection()
-    config = read_metadata(folder)["config"]
-    section = config.get("encode") or config.get("extract") or {}
-    if section.get("store"):
-        return _recorded_reading(Path(section["store"]))
-    kept = {key: section[key] for key in ("truncate", "nonfinite") if key in section}
-    return build_config(ReadingSection, kept)
-
-
-def _recorded_model(folder: Path) -> ModelSection:
-    """Return the model that a run says it used; a run on a store is followed to its source."""
-    for _ in range(3):
-        if not (folder / METADATA).exists():
-            break
-        config = read_metadata(folder)["config"]
-        if config.get("model"):
-            return build_config(ModelSection, config["model"])
-        source = config.get("encode", {}).get("store") or config.get("train", {}).get("store")
-        if not source:
-            break
-        folder = Path(source)
-    raise ConfigError(
-        f"{folder} does not say which model it was made with.",
-        then="Set model.name, or intervention.enabled=false and eval.baselines=false.",
-    )
-
-
-def _resolved(cfg: EvalConfig) -> EvalConfig:
-    """Put folders in the place of `latest`, which would mean another run tomorrow."""
-    kinds = {"features": "features", "sae": "sae", "store": "extract"}
-    folders = {
-        key: str(find_run(given, kind, cfg.run.root))
-        for key, kind in kinds.items()
-        if (given := getattr(cfg.eval, key)) is not None
-    }
-    return cfg.model_copy(update={"eval": cfg.eval.model_copy(update=folders)})
+            options = cfg.intervention.fluency_options
+            make_judge(cfg.intervention.fluency, options, "intervention.fluency")

@@ -1,0 +1,1 @@
+"""Guards: detectors of harm that were fitted once, saved in a folder, and score texts anywhere."""

@@ -1,0 +1,67 @@
+"""What else changed: attributes of the replies that nobody asked to change, way by way."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from saefty.metrics.intervals import Interval
+from saefty.plots.base import NEUTRAL, PLOTS, SERIES, Canvas, say_nothing_to_draw
+
+CLEAR = 0.05
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SPREAD = 0.5
+"""How much of a way's row its attributes share."""
+
+
+@dataclass(frozen=True)
+class OffTarget:
+    """What the picture shows.
+
+    Attributes:
+        ways: Names of the ways to steer, best first.
+        attributes: Names of the attributes.
+        changes: For each attribute each way's change, steered less unsteered, from -1 to 1.
+        p: Their p, corrected for all of them.
+    """
+
+    ways: tuple[str, ...]
+    attributes: tuple[str, ...]
+    changes: tuple[tuple[Interval, ...], ...]
+    p: tuple[tuple[float, ...], ...]
+
+
+@PLOTS.register("off_target")
+def draw(data: OffTarget, figure: Canvas) -> None:
+    """Draw a row a way: each attribute's change with its interval."""
+    ax = figure.add_subplot()
+    if not data.attributes or not data.ways:
+        say_nothing_to_draw(ax, "No further attribute was judged.")
+        return
+    rows = np.arange(len(data.ways))[::-1]
+    several = len(data.attributes)
+    offsets = [0.0] if several == 1 else np.linspace(SPREAD / 2, -SPREAD / 2, several)
+    clear = 0
+    for n, (name, changes, p) in enumerate(zip(data.attributes, data.changes, data.p, strict=True)):
+        colour, marker = SERIES[n % 6], MARKERS[n % len(MARKERS)]
+        ax.plot([], [], color=colour, marker=marker, linestyle="none", label=name)
+        for row, one, q in zip(rows, changes, p, strict=True):
+            sure = bool(q <= CLEAR)
+            clear += sure
+            ends = [[max(one.estimate - one.low, 0.0)], [max(one.high - one.estimate, 0.0)]]
+            ax.errorbar(
+                one.estimate, row + offsets[n], xerr=ends, fmt=marker, color=colour,
+                markerfacecolor=colour if sure else "white", capsize=2.5, markersize=6,
+            )  # fmt: skip
+    ax.axvline(0.0, color=NEUTRAL, linewidth=0.9)
+    ax.set_xlim(-1.05, 1.05)
+    ax.set_yticks(rows, data.ways)
+    ax.set_ylim(-0.6, len(data.ways) - 0.4)
+    ax.set_ylabel("way to steer")
+    ax.set_xlabel("change of the mean")
+    ax.set_title(f"{clear} of {several * len(data.ways)} clear")
+    figure.legend(loc="outside upper right", ncols=min(several, 3))
+    figure.supxlabel(
+        "steered less unsteered replies; bars: 95% intervals; filled: p ≤ 0.05 after Holm",
+        fontsize=8,
+        color=NEUTRAL,
+    )

@@ -1,0 +1,141 @@
+"""`saefty steer generate`: plain and steered replies, as by hand, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tiny_models
+from saefty.cli import app
+from saefty.interventions.steer import steer
+from saefty.interventions.vectors import SteeringVector
+from saefty.models.base import load_model
+from saefty.records import Example, Site
+from saefty.saes.base import SaeConfig
+from saefty.saes.native import save_sae
+
+SITE = Site(1)
+PROMPTS = ["the lazy dog", "the model reads"]
+MODEL = str(tiny_models.folder_of("llama"))
+
+
+@pytest.fixture(scope="module")
+def vector(tmp_path_factory):
+    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    made = SteeringVector(values, SITE, "test", {"residual": 3.0}, {"model": MODEL})
+    return str(made.save(tmp_path_factory.mktemp("vector") / "v"))
+
+
+def call(*words):
+    return CliRunner().invoke(app, ["steer", "generate", *words, "--max-new-tokens", "6"])
+
+
+def by_hand(alpha, method=1):
+    model = tiny_models.load("llama")
+    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    replies = []
+    for text in PROMPTS:
+        with model.intervene(SITE, steer(values, alpha, method=method)):
+            replies += model.generate([Example("x", text, raw=True)], max_new_tokens=6)
+    return replies
+
+
+@pytest.mark.parametrize("method", [1, 2])
+def test_the_replies_are_those_of_each_prompt_and_alpha_alone(vector, method):
+    given = ("--vector", vector, "--alpha", "2", "--alpha", "-3", "--method", str(method))
+    result = call("--raw", "--json", *given, *PROMPTS)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["alphas"] == [2.0, -3.0]
+    assert found["site"] == SITE.name
+    assert [one["prompt"] for one in found["replies"]] == PROMPTS
+    assert [one["plain"] for one in found["replies"]] == by_hand(0.0)
+    for place, alpha in enumerate((2.0, -3.0)):
+        steered = [one["steered"][place] for one in found["replies"]]
+        assert steered == by_hand(alpha, method)
+
+
+def test_the_text_shows_plain_and_steered_beside_each_other(vector):
+    result = call("--raw", "--vector", vector, "--alpha", "1", "--unit", "residual", *PROMPTS)
+    assert result.exit_code == 0, result.output
+    head = next(line for line in result.stdout.splitlines() if "plain" in line)
+    assert "alpha = 1" in head
+    told = " ".join(result.stdout.split())
+    found = re.search(r"mean residual norm \(([\d.]+), measured on these prompts\)", told)
+    assert float(found[1]) == pytest.approx(mean_norm(), rel=1e-3), "not the 3 of the vector"
+    assert all(f"> {text}" in result.stdout for text in PROMPTS)
+
+
+def mean_norm():
+    model = tiny_models.load("llama")
+    norms = []
+    for text in PROMPTS:
+        batch = model.collate(model.tokenize([Example("x", text, raw=True)]))
+        x = model.capture(batch, [SITE])[SITE][0].double().numpy()
+        norms += np.linalg.norm(x[(batch.mask & ~batch.special)[0].numpy()], axis=1).tolist()
+    return np.mean(norms)
+
+
+def test_columns_without_room_stand_one_under_the_other():
+    from saefty.stages.steer_generate import shown
+
+    found = {
+        "model": "m", "vector": "caa", "site": "s", "method": 1, "unit": "activation",
+        "alphas": [1.0, 2.0],
+        "replies": [{"prompt": "p", "plain": "one", "steered": ["deux", "trois"]}],
+    }  # fmt: skip
+    wide = [line.split() for line in shown(found, 120).splitlines()]
+    assert ["one", "deux", "trois"] in wide
+    narrow = [line.split() for line in shown(found, 50).splitlines()]
+    assert ["plain", "one"] in narrow
+    assert ["alpha", "=", "2", "trois"] in narrow
+
+
+def test_a_latent_and_a_file_of_prompts_will_do_as_well(vector, tmp_path):
+    sae = SaeConfig(arch="topk", d_in=tiny_models.D_MODEL, d_sae=64, k=8).build()
+    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_dec[7] = values
+    sae.site = SITE
+    save_sae(sae, tmp_path / "sae")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROMPTS))
+    given = ("--sae", str(tmp_path / "sae"), "--latent", "7", "--alpha", "2", "--model", MODEL)
+    result = call(*given, "--data", str(file), "--json")
+    assert result.exit_code == 0, result.output
+    assert [one["steered"][0] for one in json.loads(result.stdout)["replies"]] == by_hand(2.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("--alpha", "1", ""), 3, "1 of 1 prompts are empty"),
+        (("the dog",), 2, "there is no alpha"),
+        (("--alpha", "1"), 2, "both missing"),
+        (("--alpha", "1", "--where", "tail", "the dog"), 2, "both, prefill, decode"),
+        (("--alpha", "1", "--layer", "9", "the dog"), 2, "layer 9 was asked for"),
+        (("--alpha", "1", "--latent-max", "5", "the dog"), 2, "latent_max=5"),
+        (("--alpha", "1e39", "the dog"), 9, "alpha = 1e+39"),
+        (("--alpha", "1", "--sae", "x", "--latent", "1", "the dog"), 2, "given are vector="),
+    ],
+)
+def test_what_cannot_be_done_is_said(vector, words, code, told):
+    result = call("--vector", vector, "--raw", *words)
+    assert result.exit_code == code
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_places_are_listed_with_commas(vector):
+    given = ("--raw", "--json", "--vector", vector, "--alpha", "4", "--where", "1,2", *PROMPTS)
+    found = json.loads(call(*given).stdout)
+    model = load_model(MODEL)
+    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    with model.intervene(SITE, steer(values, 4.0, where=(1, 2))):
+        replies = [
+            model.generate([Example("x", text, raw=True)], max_new_tokens=6)[0] for text in PROMPTS
+        ]
+    assert [one["steered"][0] for one in found["replies"]] == replies
