@@ -12,7 +12,7 @@ FLOORS = [
     ["errors", "environment"],
     ["registry", "log", "fsio", "interrupts"],
     ["config", "records", "tensorfile", "npzfile", "locks", "installation", "textfile",
-     "fonts", "colours", "token_text"],
+     "fonts", "colours", "token_text", "linear", "words"],
     ["runs", "jsonscan"],
     ["kernels", "stores", "data", "report", "engine", "hub", "pairing",
      "release_rules"],
@@ -23,18 +23,21 @@ FLOORS = [
         "sources", "evaluation_settings", "checkpoints", "backends", "training_data",
         "training_settings", "token_sample",
     ],
-    ["pieces", "diagnosis", "sae_sets", "code_pca"],
-    ["piecework", "feature_dump"],
-    ["space", "extraction", "encoding", "optimisation", "baselines", "gating", "plots"],
-    ["training_pass", "harm_evaluation", "code_sources", "sentence_views"],
-    ["training", "code_analysis", "harm_tables"],
-    ["harm_report", "analysis_report"],
+    ["pieces", "sae_sets", "code_pca", "steering_settings"],
+    ["steering", "steering_compare_settings", "piecework", "latent_targets", "feature_dump"],
+    ["sae_ts", "space", "extraction", "encoding", "optimisation", "baselines", "gating", "plots"],
+    ["steering_scores", "off_target", "evaluation_inputs"],
+    ["steering_vectors", "steering_comparison", "training_pass", "harm_evaluation", "code_sources",
+     "sentence_views", "guards"],
+    ["steering_inputs", "steering_report", "steering_tables", "training", "code_analysis",
+     "harm_tables", "detection"],
+    ["harm_report", "analysis_report", "steering_compare_report", "diagnosis"],
     ["stages"],
     ["storekeeping", "catalogue", "notebook", "functions", "sandbox", "command",
      "annotation", "sentences", "token_tables"],
-    ["verify_command", "releases_command"],
-    ["sae_commands", "store_commands", "data_command", "annotate_command",
-     "analyze_command", "teacher_forcing", "tokens_command"],
+    ["verify_command", "doctor_command", "releases_command", "steer_vector_command"],
+    ["sae_commands", "steer_command", "store_commands", "data_command", "annotate_command",
+     "analyze_command", "guard_command", "probe_command", "teacher_forcing", "tokens_command"],
     ["cli", "__init__"],
     ["__main__"],
 ]  # fmt: skip
@@ -50,15 +53,22 @@ SHARED = {
         "checkpoint",
         "selfcheck",
         "transformer",
+        "replies",
     },
     "saes": {"base", "cfg", "published", "scaler", "threshold"},
     "stores": {"base", "activations", "features", "index", "sentences", "jsonl"},
     "kernels": {"base", "torch_sparse"},
     "metrics": {"base", "intervals"},
+    "stages": {"base", "rows"},
+    "interventions": {"base", "latents", "vectors"},
     "formats": {"base", "checkpoint", "writing"},
-    "data": {"base", "published", "lengths", "overview"},
+    "data": {"base", "labels", "published", "lengths", "overview"},
     "annotation": None,  # one job in several files: they may import each other
+    "sae_ts": None,  # one method in several files, each built on the one before
+    "detection": None,  # one comparison in several files, each built on the one before
     "diagnosis": None,  # one argument in several files, each built on the one before
+    "guards": None,  # one detector in several files: they may import each other
+    "judges": {"base", "coverage", "rating", "answers", "budget", "endpoint", "faults"},
     "sandbox": None,  # one small world in several files: they may import each other
 }
 """What the files of a folder may import of it, beside its `base`."""

@@ -13,6 +13,7 @@ SCRIPTS = {
     "extraction_speed.py": ["--rounds", "1", "--prompts", "6"],
     "encode_speed.py": ["--rounds", "1"],
     "annotate_speed.py": ["--rounds", "1", "--samples", "6"],
+    "steering_speed.py": ["--rounds", "1"],
 }
 
 
@@ -22,6 +23,18 @@ def test_a_benchmark_prints_its_table(script):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert any(line.startswith("| saefty") for line in done.stdout.splitlines())
+
+
+@pytest.mark.slow
+def test_the_comparison_of_steering_vectors_prints_a_row_a_family(tmp_path):
+    script = ROOT / "benchmarks/steering_effects.py"
+    command = [sys.executable, script, "--tiny", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert rows[2:] == ["caa confounded", "caa", "latent difference", "decoder", "sae_ts",
+                        "rotation", "pseudo_inverse", "random"]  # fmt: skip
+    assert (tmp_path / "rows.json").exists()
 
 
 @pytest.mark.slow

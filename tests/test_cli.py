@@ -20,7 +20,10 @@ COMMANDS = [
     ["store", "list"], ["store", "verify"], ["store", "repair"], ["store", "export"],
     ["store", "import"], ["sae"], ["sae", "info"], ["sae", "list"], ["sae", "convert"],
     ["sae", "verify"], ["data"], ["data", "show"], ["annotate"], ["tokens"], ["compare-tokens"],
-    ["compare-layers"], ["show-tokens"],
+    ["compare-layers"], ["show-tokens"], ["doctor"], ["probe"],
+    ["guard"], ["guard", "score"], ["guard", "info"],
+    ["steer"], ["steer", "generate"], ["steer", "sweep"], ["steer", "effects"],
+    ["steer", "vector"], ["steer", "compare"],
 ]  # fmt: skip
 
 
@@ -87,7 +90,8 @@ def test_every_command_is_among_those_tested():
     known = {tuple(words) for words in COMMANDS}
     named = {(c.name or c.callback.__name__.strip("_"),) for c in cli.app.registered_commands}
     named |= {("store", c.name) for c in cli.stores.registered_commands}
-    named |= {("sae", c.name) for c in cli.saes.registered_commands}
+    for group, app in (("sae", cli.saes), ("guard", cli.guards), ("steer", cli.steering)):
+        named |= {(group, c.name) for c in app.registered_commands}
     assert named <= known
 
 

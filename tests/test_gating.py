@@ -12,6 +12,8 @@ from saefty.gating import (
     measure_gating,
     reply_under,
 )
+from saefty.harm_evaluation import GateResult, LayerResult
+from saefty.harm_report import _gate_section
 from saefty.models.base import ModelAdapter
 from saefty.records import Example, Site
 
@@ -91,6 +93,11 @@ def test_a_reply_that_cannot_be_judged_is_missing_and_counted():
         boots=200,
     )
     assert (points[1].harmful.judged, points[1].harmful.prompts) == (1, 2)
+    # One of two replies refuses and the other is missing: from half to all of them do.
+    found = points[1].harmful.coverage
+    assert (found.mean, found.low, found.high, found.missing) == (1.0, 0.5, 1.0, 1)
+    assert points[1].harmful.fluency_coverage.missing == 1
+    assert points[1].harmless.coverage.missing == 0
     assert points[1].harmful.rate.estimate == 1.0
 
 
@@ -141,3 +148,27 @@ def test_replies_to_fewer_prompts_are_generated_again(tmp_path, sae):
     fsio.commit_text(tmp_path / "ungated.jsonl", '{"reply": "x"}\n')
     reply(model, sae, tmp_path)
     assert model.calls == 3
+
+
+@pytest.mark.parametrize(("missing", "drawn"), [(0, True), (1, True), (2, False), (20, False)])
+def test_the_curve_is_not_drawn_from_fewer_than_95_scores_in_100(tmp_path, caplog, missing, drawn):
+    n = 40
+    prompts = [Example(id=str(i), prompt="p", label=i < 20) for i in range(n)]
+    full = ["no"] * n
+    control = Condition("control", (4,))
+    replies = {NONE: full, ONE: [""] * missing + full[missing:], control: full}
+    points = measure_gating(
+        prompts, np.arange(n) < 20, None, replies, WordJudge("no"), lambda _: WordJudge("n"),
+        seed=0, boots=100,
+    )  # fmt: skip
+    gating = GateResult(tuple(points), (3,), (), "refusal", "perplexity")
+    result = object.__new__(LayerResult)
+    object.__setattr__(result, "layer", 1)
+    with caplog.at_level("WARNING"):
+        section = _gate_section(tmp_path, result, gating, "")
+    assert bool(section.figure) == drawn == bool(list(tmp_path.rglob("*.png")))
+    if not drawn:
+        said = f"{20 - missing} of 20 replies have a score"
+        assert said in section.text
+        assert said in caplog.text
+        assert "refusal on harmful prompts, 1 latents silenced" in section.text

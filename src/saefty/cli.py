@@ -18,8 +18,12 @@ from saefty.analyze_command import analyze
 from saefty.annotate_command import annotate
 from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
 from saefty.data_command import datasets
+from saefty.doctor_command import doctor
 from saefty.environment import redacted
+from saefty.guard_command import guards
+from saefty.probe_command import probe
 from saefty.sae_commands import saes
+from saefty.steer_command import steering
 from saefty.store_commands import stores
 from saefty.tokens_command import compare_layers, compare_tokens, show_tokens, tokens
 
@@ -34,8 +38,12 @@ app = typer.Typer(
 app.add_typer(stores, name="store")
 app.add_typer(saes, name="sae")
 app.add_typer(datasets, name="data")
+app.add_typer(steering, name="steer")
+app.add_typer(guards, name="guard")
 app.command("analyze")(analyze)
 app.command("annotate")(annotate)
+app.command("doctor")(doctor)
+app.command("probe")(probe)
 app.command("tokens")(tokens)
 app.command("compare-tokens")(compare_tokens)
 app.command("compare-layers")(compare_layers)

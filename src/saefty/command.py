@@ -27,7 +27,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show everything, and trace
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 INTERRUPTED, TERMINATED = 130, 143
-STAGES = ("extract", "train", "encode", "analyze", "eval", "tokens")
+STAGES = ("extract", "train", "encode", "analyze", "eval", "probe", "steer", "tokens")
 RUN_KEYS = ("run.dir=", "run.root=", "run.id=", "output_dir=")
 
 

@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from saefty.baselines import names_to_codes
 from saefty.config import build_config
 from saefty.data.base import DataSection, load_examples
+from saefty.diagnosis.doctor_report import DoctorReport
+from saefty.diagnosis.row_checks import given_rows
 from saefty.errors import InputError
 from saefty.evaluation import LatentEvaluation, evaluate_latents
 from saefty.models.base import ModelAdapter
 from saefty.records import Example
+from saefty.runs import find_run
 from saefty.saes.base import SparseAutoencoder
 from saefty.saes.native import load_sae
+from saefty.sources import load_sae as load_any_sae
+from saefty.stages import analyze as analyze_stage
+from saefty.stages import doctor as doctor_stage
 from saefty.stages import encode as encode_stage
 from saefty.stages import extract as extract_stage
+from saefty.stages import probe as probe_stage
 from saefty.stages import train as train_stage
 from saefty.stages.base import GIVEN_IN_PYTHON, find_saes
 from saefty.stores.activations import ActivationStore
@@ -148,6 +156,95 @@ def encode(
     return FeatureStore(outcome.folder)
 
 
+def doctor(
+    sae: Any,
+    acts: Any,
+    *,
+    out: Out | None = None,
+    **keys: Any,
+) -> DoctorReport:
+    """Say what is wrong with an SAE, by experiments on activations; no record is needed.
+
+    Args:
+        sae: The SAE, or whatever `load_sae` reads.
+        acts: A store or its folder, which may hold neighbouring blocks to try, or raw activations
+            [rows, d_in].
+        out: Where to write doctor.json, doctor.md and the pictures; None writes nothing.
+        **keys: The other keys of `doctor.`, such as `layer`, `rows`, `dump`, `expected_l0`.
+
+    Returns:
+        The report: `healthy`, `cause`, `sentence`, `then`, `text()`, `figures()`.
+
+    Raises:
+        InputError: If it is given something else, or too few rows.
+        SaeftyError: As the loaders of SAE and store.
+    """
+    if isinstance(sae, Path | str):
+        sae = load_any_sae(sae)
+    if isinstance(acts, Path | str):
+        acts = ActivationStore.open(find_run(acts, "extract"))
+    for given, wanted in ((sae, SparseAutoencoder), (acts, ActivationStore | Tensor | np.ndarray)):
+        if not isinstance(given, wanted):
+            kind = "an SAE" if wanted is SparseAutoencoder else "activations"
+            raise InputError(
+                f"{type(given).__name__} is not {kind}.",
+                then="sf.doctor takes an SAE or its folder, then an ActivationStore, its folder, "
+                "or a tensor or array [rows, d_in]; codes are given as features= or dump=.",
+            )
+    is_store = isinstance(acts, ActivationStore)
+    cfg = build_config(
+        doctor_stage.DoctorConfig,
+        {
+            "doctor": {
+                "sae": GIVEN_IN_PYTHON if sae.folder is None else str(sae.folder),
+                "store": str(acts.folder) if isinstance(acts, ActivationStore) else GIVEN_IN_PYTHON,
+                **keys,
+            },
+            "run": {"dir": out and str(out)},
+        },
+    )
+    held = None if is_store else given_rows(acts)
+    dtype = "" if is_store else str(acts.dtype).removeprefix("torch.")
+    report = doctor_stage.check(cfg, sae=sae, rows=held, kept_as=dtype)
+    if out is not None:
+        doctor_stage.write(cfg, report)
+    return report
+
+
+def analyze(
+    codes: FeatureStore | ActivationStore,
+    out: Out,
+    *,
+    sae: SparseAutoencoder | None = None,
+    **keys: Any,
+) -> dict[str, Any]:
+    """Measure what the latents of an SAE do over all tokens, and draw it (`show_img`).
+
+    Args:
+        codes: The features; or activations, which are encoded on the way.
+        out: The run's folder.
+        sae: With activations: an SAE that lies in a folder.
+        **keys: The other keys of `analyze.`, such as `layers`, `sample_tokens`.
+
+    Returns:
+        The figures of summary.json.
+
+    Raises:
+        ValueError: If activations come without an SAE, or the SAE without a folder.
+    """
+    given: dict[str, Any] = {"features": str(codes.folder)}
+    if isinstance(codes, ActivationStore):
+        if sae is None or sae.folder is None:
+            raise ValueError("activations are encoded with an SAE that was loaded from a folder")
+        layers = [sae.site.layer] if sae.site else None
+        given = {"store": str(codes.folder), "sae": str(sae.folder), "layers": layers}
+    cfg = build_config(
+        analyze_stage.AnalyzeConfig,
+        {"analyze": {**given, **keys}, "run": {"dir": str(out)}},
+    )
+    return dict(analyze_stage.run(cfg).figures)
+
+
 def evaluate(
     feats: FeatureStore, *, layer: int | None = None, pooling: str = "max", **keys: Any
 ) -> LatentEvaluation:
@@ -172,3 +269,37 @@ def evaluate(
         names_to_codes([records[i]["source"] for i in rows]),
         **keys,
     )
+
+
+def probe(
+    feats: FeatureStore | Out,
+    out: Out,
+    *,
+    acts: ActivationStore | Out | None = None,
+    model: ModelAdapter | None = None,
+    **keys: Any,
+) -> dict[str, Any]:
+    """Compare detectors of harm on SAE features with those on what else is known of the examples.
+
+    Args:
+        feats: The features of labelled examples, or their folder.
+        out: The run's folder.
+        acts: Activations of the same examples, or their folder; None runs the model.
+        model: The model, if it is loaded already.
+        **keys: The other keys of `probe.`, such as `poolings`, `k`, `save`, `seed`.
+
+    Returns:
+        The figures of summary.json; `sentence` says what came out.
+    """
+    cfg = build_config(
+        probe_stage.ProbeConfig,
+        {
+            "probe": {
+                "features": str(feats.folder if isinstance(feats, FeatureStore) else feats),
+                "store": acts and str(acts.folder if isinstance(acts, ActivationStore) else acts),
+                **keys,
+            },
+            "run": {"dir": str(out)},
+        },
+    )
+    return dict(probe_stage.run(cfg, model=model).figures)

@@ -1,0 +1,127 @@
+"""Steered generation beside plain generation: what the hooks cost.
+
+Usage: python benchmarks/steering_speed.py [--rounds 100] [--prompts 32] [--write] [--tiny]
+
+The sandbox's model replies to requests of its world with up to 24 tokens each, greedily, in batches
+of 32. All ways alternate in one process, in turning order, timed by the process's processor time.
+Ways of one round are compared with each other, as they met the same machine, and the median over
+the rounds is told. The vectors are so short that no token changes: the same tokens are generated,
+and what differs is the hooks alone. Exits with 1 if a token does change, or, unless --tiny, if one
+vector at one site costs more than 5 %.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+import page
+from saefty.interventions.base import intervening
+from saefty.interventions.steer import steer
+from saefty.models.base import ModelAdapter, load_model
+from saefty.records import Example, Site
+from saefty.sandbox.language_model import MODEL_FOLDER
+from saefty.sandbox.world import World
+
+NEW_TOKENS, BATCH, LIMIT = 24, 32, 0.05
+SITE = Site(1)
+PLAIN = "plain"
+CHECKED = ("saefty, method 1", "saefty, method 2")
+COLUMNS = {
+    "way": "way",
+    "median": "tokens/s, median",
+    "best": "tokens/s, best",
+    "ratio": "time × plain, median",
+    "middle": "its middle half",
+}
+
+
+def ways(model: ModelAdapter, prompts: list[Example]) -> dict[str, Callable[[], list[str]]]:
+    """Return what is timed, by name."""
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(len(prompts), model.d_model, generator=torch.Generator().manual_seed(1))
+    short = 1e-6
+    sites = [Site(layer) for layer in range(model.n_layers)]
+    edits = {
+        PLAIN: [],
+        "saefty, method 1": [(SITE, steer(vector, short))],
+        "saefty, method 2": [(SITE, steer(vector, short, method=2))],
+        "saefty, another vector a row": [(SITE, steer(rows, [short] * len(rows)))],
+        "saefty, method 1 behind every block": [(site, steer(vector, short)) for site in sites],
+    }
+
+    def replying(edit: list) -> Callable[[], list[str]]:
+        def reply() -> list[str]:
+            with intervening(model, edit):
+                return model.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
+
+        return reply
+
+    return {name: replying(edit) for name, edit in edits.items()}
+
+
+def measure(timed: dict[str, Callable[[], list[str]]], rounds: int) -> list[dict[str, float]]:
+    """Return the seconds of each way in each round; ways take turns at being first."""
+    names, found = list(timed), []
+    for number in range(rounds):
+        seconds = {}
+        for place in range(len(names)):
+            name = names[(place + number) % len(names)]
+            began = time.process_time()
+            timed[name]()
+            seconds[name] = time.process_time() - began
+        found.append(seconds)
+    return found
+
+
+def main() -> int:
+    """Measure, print and, if asked to, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tiny", action="store_true", help="Small sizes, to try the script.")
+    parser.add_argument("--write", action="store_true", help="Update docs/performance.md.")
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the processor's clock counts all threads
+    model = load_model(str(MODEL_FOLDER))
+    requests = World(0).requests(4 if given.tiny else given.prompts, seed=5)
+    prompts = [Example(one.id, one.turns[0].text) for one in requests]
+    timed = ways(model, prompts)
+    replies = {name: way() for name, way in timed.items()}  # which warms up, too
+    changed = [name for name, texts in replies.items() if texts != replies[PLAIN]]
+    tokens = sum(len(ids) for ids in model.tokenizer(replies[PLAIN])["input_ids"])
+    found = measure(timed, given.rounds)
+    rows, ratios = [], {}
+    for name in timed:
+        times = [seconds[name] for seconds in found]
+        each = [seconds[name] / seconds[PLAIN] for seconds in found]
+        ratios[name] = statistics.median(each)
+        low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+        rows.append(
+            {
+                "way": name,
+                "median": f"{tokens / statistics.median(times):,.0f}",
+                "best": f"{tokens / min(times):,.0f}",
+                "ratio": f"{ratios[name]:.3f}",
+                "middle": f"{low:.3f} to {high:.3f}",
+            }
+        )
+    print(page.table(COLUMNS, rows))
+    if given.write:
+        note = " One thread; time is the processor's."
+        page.put("steering", "python benchmarks/steering_speed.py --write", COLUMNS, rows, note)
+    if changed:
+        print(f"replies differ: {', '.join(changed)}")
+    slow = [name for name in CHECKED if ratios[name] > 1 + LIMIT and not given.tiny]
+    if slow:
+        print(f"slower than plain by more than {LIMIT:.0%}: {', '.join(slow)}")
+    return int(bool(changed or slow))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

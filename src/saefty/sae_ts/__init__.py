@@ -1,0 +1,1 @@
+"""SAE-targeted steering: vectors that move chosen latents and little else."""

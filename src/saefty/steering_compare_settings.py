@@ -1,0 +1,126 @@
+"""What a person sets about a comparison of vectors: which ones, on what, and who judges."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from saefty.config import Config
+from saefty.data.base import DataSection
+from saefty.engine import ThreadsSection
+from saefty.interventions.base import Where, require_where
+from saefty.interventions.steer import Unit
+from saefty.models.base import ModelSection
+from saefty.runs import RunSection
+
+
+class AttributeSection(Config):
+    """A further attribute of the replies, beside the behaviour that is steered to."""
+
+    judge: str
+    """The judge that scores it; `saefty list judges` names them."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that judge."""
+
+
+class CompareSection(Config):
+    """Which vectors to compare, and on what."""
+
+    vectors: dict[str, Path]
+    """The vectors by name: `{caa: FOLDER, sae_ts: FOLDER}`."""
+
+    random: int = Field(default=3, ge=0)
+    """Random directions beside them: what any vector of this length does."""
+
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    """Strengths to try; 0 is always among them."""
+
+    unit: Unit = "residual"
+    """What alpha = 1 means: `residual` the direction, as long as activations are on average;
+    `activation` the vector as it is."""
+
+    methods: tuple[Literal[1, 2], ...] = Field(default=(1,), min_length=1)
+    """1 adds the vector; 2 adds it and keeps the activations' norm. Each vector is compared under
+    each."""
+
+    where: Where = "both"
+    """At which tokens to act: both, prefill, decode, response, last, or a list of places."""
+
+    judge: str
+    """The judge of behaviour; `saefty list judges` names them."""
+
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that judge."""
+
+    fluency: str = "perplexity"
+    """The judge of coherence."""
+
+    fluency_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the judge of coherence."""
+
+    behaviour_name: str | None = None
+    """What the behaviour is called in tables and pictures; None takes the judge's name."""
+
+    attributes: dict[str, AttributeSection] = Field(default_factory=dict)
+    """Other attributes that might move, by name."""
+
+    sae: str | None = None
+    """The SAE whose latents are watched for what else moves; None leaves that map out."""
+
+    sae_id: str | None = None
+    """Which SAE of a repository or release."""
+
+    layer: int | None = None
+    """Which of several SAEs, by the block it reads."""
+
+    max_new_tokens: int = Field(default=32, gt=0)
+    """Longest reply, in tokens."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token; above, each prompt draws from a stream of its own, the same one
+    for all vectors and strengths."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes the streams, the halves of the prompts, the random directions and the bootstrap."""
+
+    batch_size: int = Field(default=64, gt=0)
+    """Replies that are generated together."""
+
+    coverage: float = Field(default=0.95, ge=0, le=1)
+    """Share of the replies that must have both scores, on the prompts for choosing and on the
+    others, for a strength to be chosen and drawn: one that breaks the model leaves few."""
+
+    boots: int = Field(default=1000, ge=100)
+    """Draws of each bootstrap."""
+
+    permutations: int = Field(default=2000, ge=100)
+    """Exchanges for each p, at least; more are made where many pairs are compared."""
+
+    @field_validator("where")
+    @classmethod
+    def _where(cls, where: Where) -> Where:
+        require_where(where)
+        return where
+
+
+class CompareConfig(Config):
+    """Configuration of `saefty steer compare`."""
+
+    model: ModelSection
+    """Which model to steer."""
+
+    data: DataSection = DataSection()
+    """The prompts to reply to."""
+
+    harmless: DataSection | None = None
+    """Text that should not change, for what a vector costs there; None leaves that out."""
+
+    compare: CompareSection
+    """Which vectors to compare, and on what."""
+
+    engine: ThreadsSection = ThreadsSection()
+    """How the process uses this machine."""
+
+    run: RunSection = RunSection()
+    """Where the run's folder lies."""

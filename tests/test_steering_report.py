@@ -1,0 +1,55 @@
+"""The report of a sweep: which alpha is named the best, and what is said of those it cannot be."""
+
+import numpy as np
+import pytest
+import torch
+
+from saefty import fsio, steering_report
+from saefty.interventions.vectors import SteeringVector
+from saefty.records import Site
+from saefty.steering import PLAIN, Arm, Dose
+from saefty.steering_report import SweepResult, write_sweep
+from saefty.steering_scores import points_of
+
+PROMPTS = 64
+ARM = Arm("method_1", SteeringVector(torch.ones(4), Site(1), "test"))
+
+
+@pytest.fixture
+def result():
+    """At alpha 1, all is scored and good; at 2, six replies are left, and these are better."""
+    few = np.full(PROMPTS, np.nan)
+    few[:6] = 0.95
+    behaviour = {PLAIN: np.zeros(PROMPTS), Dose(ARM.name, 1.0): np.full(PROMPTS, 0.5)}
+    behaviour[Dose(ARM.name, 2.0)] = few
+    fluency = {dose: np.where(np.isnan(one), np.nan, 0.9) for dose, one in behaviour.items()}
+    return SweepResult(
+        arms=(ARM,),
+        alphas=(0.0, 1.0, 2.0),
+        anchors=(),
+        points=tuple(points_of(behaviour, fluency, None, boots=100, seed=0)),
+        missing={"behaviour": {"empty": 58}, "fluency": {"empty": 58}},
+        behaviour="French",
+        judges={"behaviour": "regex", "fluency": "perplexity"},
+        prompts=PROMPTS,
+        coverage=0.95,
+        facts={},
+    )
+
+
+def test_a_strength_with_few_scores_is_not_the_best(result):
+    products = {point.dose.alpha: point.product.estimate for point in result.points}
+    assert products[2.0] > products[1.0], "of what is left"
+    assert result.best(ARM).dose.alpha == 1.0
+
+
+def test_the_report_says_which_alphas_could_not_be_chosen(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        steering_report, "save_plot", lambda name, data, path: fsio.commit_text(path, name)
+    )
+    figures = write_sweep(tmp_path, result)
+    assert figures["best"][ARM.name]["alpha"] == 1.0
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "1 of its 3 alphas could not be chosen: too few scored of their replies" in text
+    lines = (tmp_path / "sweep.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.rsplit(",", 1)[1] for line in lines[1:]] == ["", "", "too few scored"]
