@@ -27,10 +27,18 @@ from saefty.models.selfcheck import LISTED_FAMILIES
 FOLDER = Path(__file__).parent / "reference"
 MADE = "<!-- Made by `make docs` from the code; edit the docstrings instead. -->\n\n"
 SHARED = ("model", "data", "run", "engine")
-STAGES = ("extract", "train", "encode", "annotate", "tokens", "analyze", "eval")
-MODULES = {  # of stages that join others, and so are not in stages/
-    "tokens": "saefty.sentences",
-    "annotate": "saefty.annotation.settings",
+STAGES = {  # command -> module and class of its configuration
+    "extract": "stages.extract.ExtractConfig",
+    "train": "stages.train.TrainConfig",
+    "encode": "stages.encode.EncodeConfig",
+    "annotate": "annotation.settings.AnnotateConfig",
+    "tokens": "sentences.TokensConfig",
+    "analyze": "stages.analyze.AnalyzeConfig",
+    "eval": "stages.eval.EvalConfig",
+    "probe": "stages.probe.ProbeConfig",
+    "steer sweep": "stages.steer_sweep.SweepConfig",
+    "steer effects": "stages.effects.EffectsConfig",
+    "steer compare": "stages.steer_compare.CompareConfig",
 }
 KINDS = {
     "saes": (
@@ -47,7 +55,7 @@ KINDS = {
     "metrics": ("Latent scores", "`eval.ranked_by`, and columns of `layer_<i>.csv`"),
     "judges": ("Judges", "`intervention.judge`, `intervention.fluency`"),
     "plots": ("Plots", "`save_plot(name, data, path)`"),
-    "interventions": ("Interventions", "`saefty.gate`, `saefty.subtract`"),
+    "interventions": ("Interventions", "`saefty.gate`, `saefty.steer` and so on, in Python"),
 }
 GIVEN_BY_THE_STAGE = ("self", "model", "unsteered")
 """Arguments of a judge that `judge_options` does not set."""
@@ -141,9 +149,9 @@ def _usage(argument: Any) -> str:
 def _configuration() -> str:
     sections: dict[tuple[str, type[Config]], tuple[str, list[str]]] = {}
     aliases: dict[str, list[str]] = {}
-    for stage in STAGES:
-        module = importlib.import_module(MODULES.get(stage, f"saefty.stages.{stage}"))
-        root = getattr(module, f"{stage.title()}Config")
+    for stage, place in STAGES.items():
+        module, _, name = place.rpartition(".")
+        root = getattr(importlib.import_module(f"saefty.{module}"), name)
         for path, section, meaning in _sections(root, ""):
             sections.setdefault((path, section), (meaning, []))[1].append(stage)
         for alias, key in all_aliases(root).items():
