@@ -289,11 +289,16 @@ def search(
     tried(sweep.grid)
     for _ in range(ROUNDS):
         held = sorted(points)
-        best = held.index(max(held, key=lambda value: points[value].gain))
+        best = held.index(max(held, key=lambda value: _worth(points[value])))
         near = [i for i in (best - 1, best + 1) if 0 <= i < len(held)]
         tried([_between(held[best], held[i], sweep.logarithmic) for i in near])
     ordered = [points[value] for value in sorted(points)]
-    return max(ordered, key=lambda one: one.gain).value, ordered
+    return max(ordered, key=_worth).value, ordered
+
+
+def _worth(point: Point) -> tuple[float, float]:
+    """Return what is larger of the better point: of gains that are alike, that of lower FVU."""
+    return round(point.gain, 2), -point.fvu
 
 
 def _between(a: float, b: float, logarithmic: bool) -> float:
