@@ -1,10 +1,13 @@
 """Samples for the pictures of an analysis of codes: ordinary, dense, dead, and next to nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.sparse import csr_array
 
 from saefty.code_pca import project_codes
 from saefty.metrics.firing import firing_stats
+from saefty.plots.repair_plane import RepairPlane, RepairPoint
 from saefty.token_sample import TokenSample
 
 
@@ -39,7 +42,25 @@ def projected(z):
     return project_codes(TokenSample((z,), z.shape[1]))
 
 
+AS_IT_IS = RepairPoint("as it is", 148.0, 0.06, "as it is")
+BIAS = RepairPoint("encoder bias off: b_enc lowered by 268", 25.6, 0.072, "cause")
+OTHERS = tuple(
+    RepairPoint(f"another reading {i}", 40.0 + 30 * i, 0.07, "reading") for i in range(4)
+)
+CURVE = ((1.0, 0.6), (6.0, 0.08), (40.0, 0.062))
+
+
+def plane(*points, curve=CURVE, recorded=None):
+    return RepairPlane(points, curve, 25.6, 0.5, "Sick: encoder bias off", recorded)
+
+
 CODE_PLOTS = {
+    "repair_plane": {
+        "normal": plane(AS_IT_IS, BIAS, *OTHERS),
+        "healthy": plane(AS_IT_IS, recorded=0.05),
+        "no curve": plane(AS_IT_IS, BIAS, curve=()),
+        "nothing to draw": plane(replace(AS_IT_IS, l0=0.0), curve=()),
+    },
     **dict.fromkeys(
         ("rate_histogram", "log_rate_histogram", "top_firing_rate", "top_max_activation",
          "top_mean_when_active", "active_per_token", "firing_regions", "l0_share"), STATS,

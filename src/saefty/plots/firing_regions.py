@@ -79,7 +79,7 @@ def draw(data: FiringStats, figure: Canvas) -> None:
     ax.set_xlabel(f"firing rate over {tokens:,} token{'s'[: tokens - 1]} (log scale)")
     ax.set_ylabel("mean activation where active (log scale)")
     silent = counts["dead"]
-    unseen = f"{silent:,} that never fire ({silent / latents:.1%}) are not shown"
+    unseen = f"{silent:,} dead ({silent / latents:.1%}) are not shown"
     ax.set_title(
         f"{latents:,} latents: {unseen if silent else 'all fire'}, "
         f"{counts['always on']:,} always on"
