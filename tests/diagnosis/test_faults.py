@@ -97,7 +97,7 @@ def test_a_store_of_all_blocks_tells_a_block_too_far_and_one_of_a_block_says_wha
     asked = verified(trained / "jumprelu" / "layer_1", store=str(trained / "acts"), layer=2)
     assert asked.verdict.cause == "layer + 1"
     assert "metadata.hook_name" not in asked.verdict.then
-    with pytest.raises(MismatchError, match="reads blocks.5.hook_resid_post, but the store holds"):
+    with pytest.raises(MismatchError, match=r"--layer 5 asks for blocks.5.*but the store holds"):
         verified(sae, store=str(trained / "acts"), layer=5)
 
 
