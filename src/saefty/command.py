@@ -25,6 +25,22 @@ ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML fi
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show everything, and tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+SaeId = Annotated[str | None, typer.Option("--sae-id", help="The SAE inside it.")]
+TextFiles = Annotated[
+    list[Path] | None, typer.Option("--data", help="A file of texts; may be given several times.")
+]
+TextColumn = Annotated[
+    str | None, typer.Option("--text", help="The column of text, read without a template.")
+]
+PromptColumn = Annotated[
+    str | None, typer.Option("--prompt", help="The column of prompts, read in the template.")
+]
+ExpectedL0 = Annotated[float | None, typer.Option("--expected-l0", help="L0 that it should have.")]
+ExpectedFvu = Annotated[
+    float | None, typer.Option("--expected-fvu", help="FVU that it should have.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Number format of the model.")]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs.")]
 
 INTERRUPTED, TERMINATED = 130, 143
 STAGES = ("extract", "train", "encode", "analyze", "eval", "probe", "steer", "tokens")

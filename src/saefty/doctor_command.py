@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from saefty.command import Debug, Json, Quiet, guarded
+from saefty.command import (
+    Debug,
+    Device,
+    Dtype,
+    ExpectedFvu,
+    ExpectedL0,
+    Json,
+    PromptColumn,
+    Quiet,
+    SaeId,
+    TextColumn,
+    TextFiles,
+    guarded,
+)
 
 
 def doctor(
@@ -18,23 +31,16 @@ def doctor(
             "kept codes alone are examined.",
         ),
     ] = None,
-    sae_id: Annotated[str | None, typer.Option("--sae-id", help="The SAE inside it.")] = None,
+    sae_id: SaeId = None,
     store: Annotated[
         str | None, typer.Option("--store", help="A store of activations to measure on.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The model to read in a store's place.")
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", help="A file of texts; may be given several times."),
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option("--text", help="The column of text, read without a template.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The column of prompts, read in the template.")
-    ] = None,
+    data: TextFiles = None,
+    text: TextColumn = None,
+    prompt: PromptColumn = None,
     dump_dir: Annotated[
         Path | None,
         typer.Option("--dump_dir", "--dump-dir", help="Folder of dense codes to examine."),
@@ -46,15 +52,11 @@ def doctor(
     hook_point: Annotated[
         str | None, typer.Option("--hook-point", help="What to read in it.")
     ] = None,
-    expected_l0: Annotated[
-        float | None, typer.Option("--expected-l0", help="L0 that it should have.")
-    ] = None,
-    expected_fvu: Annotated[
-        float | None, typer.Option("--expected-fvu", help="FVU that it should have.")
-    ] = None,
+    expected_l0: ExpectedL0 = None,
+    expected_fvu: ExpectedFvu = None,
     rows: Annotated[int, typer.Option("--rows", help="About how many tokens.")] = 8192,
-    dtype: Annotated[str, typer.Option("--dtype", help="Number format of the model.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", help="Write doctor.json, doctor.md and pictures there.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saefty.command import Debug, Json, Quiet, guarded
+from saefty.command import Debug, Device, Json, PromptColumn, Quiet, TextColumn, guarded
 
 guards = typer.Typer(help="Score texts with a saved detector of harm.", no_args_is_help=True)
 
@@ -23,12 +23,8 @@ def score(
     ],
     words: Words = None,
     guard: Annotated[Path, typer.Option("--guard", help="The guard's folder.")] = Path("guard"),
-    text: Annotated[
-        str | None, typer.Option("--text", help="The column of text, read without a template.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The column of prompts, read in the template.")
-    ] = None,
+    text: TextColumn = None,
+    prompt: PromptColumn = None,
     response: Annotated[
         str | None, typer.Option("--response", help="The column of answers behind the prompts.")
     ] = None,
@@ -65,7 +61,7 @@ def score(
             "--model", help="Where the model lies here.", show_default="as the guard's record says"
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "auto",
+    device: Device = "auto",
     truncate: Annotated[
         str | None,
         typer.Option(

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
+from saefty.command import (
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Quiet,
+    SaeId,
+    Words,
+    guarded,
+    print_outcome,
+)
 from saefty.steer_vector_command import effects
 from saefty.steer_vector_command import vector as make_vector
 
@@ -33,7 +44,7 @@ def generate(
     sae: Annotated[
         str | None, typer.Option("--sae", help="A folder, a release, or a repository.")
     ] = None,
-    sae_id: Annotated[str | None, typer.Option("--sae-id", help="The SAE inside it.")] = None,
+    sae_id: SaeId = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The model; the vector's own if left out.")
     ] = None,
@@ -75,8 +86,8 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without a template.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="Number format of the model.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
     as_json: Json = False,

@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
+from saefty.command import (
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    PromptColumn,
+    Quiet,
+    SaeId,
+    TextColumn,
+    Words,
+    guarded,
+    print_outcome,
+)
 
 
 def effects(
@@ -42,7 +55,7 @@ def vector(
     sae: Annotated[
         str | None, typer.Option("--sae", help="The SAE; SAE-TS takes that of its effects.")
     ] = None,
-    sae_id: Annotated[str | None, typer.Option("--sae-id", help="The SAE inside it.")] = None,
+    sae_id: SaeId = None,
     layer: Annotated[
         int | None,
         typer.Option("--layer", help="The block; of several SAEs the one that reads it."),
@@ -72,12 +85,8 @@ def vector(
     texts: Annotated[
         Path | None, typer.Option("--texts", help="Texts to measure lengths on, for alpha's units.")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option("--text", help="The column of text, read without a template.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The column of prompts, read in the template.")
-    ] = None,
+    text: TextColumn = None,
+    prompt: PromptColumn = None,
     pooling: Annotated[
         str | None, typer.Option("--pooling", help="Tokens that count: last, response or mean.")
     ] = None,
@@ -89,8 +98,8 @@ def vector(
     ] = None,
     norm: Annotated[float | None, typer.Option("--norm", help="Bring it to this length.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
-    dtype: Annotated[str, typer.Option("--dtype", help="Number format of the model.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     export: Annotated[
         Path | None, typer.Option("--export", help="Write the bare vector too: .npy, .safetensors.")
     ] = None,

@@ -6,25 +6,31 @@ from typing import Annotated, Any
 
 import typer
 
-from saefty.command import Debug, Json, Quiet, guarded
+from saefty.command import (
+    Debug,
+    Device,
+    Dtype,
+    ExpectedFvu,
+    ExpectedL0,
+    Json,
+    PromptColumn,
+    Quiet,
+    SaeId,
+    TextColumn,
+    TextFiles,
+    guarded,
+)
 
 
 def verify(
     source: Annotated[
         str, typer.Argument(help="A folder of any known format, a repository, or a release.")
     ],
-    sae_id: Annotated[str | None, typer.Option("--sae-id", help="The SAE inside it.")] = None,
+    sae_id: SaeId = None,
     model: Annotated[str | None, typer.Option("--model", help="The model to read.")] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", help="A file of texts; may be given several times."),
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option("--text", help="The column of text, read without a template.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The column of prompts, read in the template.")
-    ] = None,
+    data: TextFiles = None,
+    text: TextColumn = None,
+    prompt: PromptColumn = None,
     store: Annotated[
         str | None, typer.Option("--store", help="A store of activations in the model's place.")
     ] = None,
@@ -32,12 +38,8 @@ def verify(
     hook_point: Annotated[
         str | None, typer.Option("--hook-point", help="What to read in it.")
     ] = None,
-    expected_l0: Annotated[
-        float | None, typer.Option("--expected-l0", help="L0 that it should have.")
-    ] = None,
-    expected_fvu: Annotated[
-        float | None, typer.Option("--expected-fvu", help="FVU that it should have.")
-    ] = None,
+    expected_l0: ExpectedL0 = None,
+    expected_fvu: ExpectedFvu = None,
     margin: Annotated[
         float | None,
         typer.Option("--margin", help="Share by which figures may differ beside sampling."),
@@ -46,8 +48,8 @@ def verify(
     try_all: Annotated[
         bool, typer.Option("--try-all", help="Try every cause even where it is healthy.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="Number format of the model.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", help="Write verify.json and verify.md there.")
     ] = None,

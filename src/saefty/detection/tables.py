@@ -10,8 +10,6 @@ from saefty.detection.result import Detection
 from saefty.metrics.intervals import Interval
 from saefty.report import Column, Table
 
-TRAINING = {"all": "all training examples", "balanced": "a balanced subset"}
-
 MAIN_COLUMNS = (
     Column("detector", "detector"),
     Column("read", "layer and pooling"),
