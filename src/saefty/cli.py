@@ -4,11 +4,9 @@ Results go to standard output, everything else to standard error. Heavy librarie
 inside the commands, so that `--help` answers at once.
 """
 
-import importlib
 import json
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +14,7 @@ import typer
 
 from saefty.analyze_command import analyze
 from saefty.annotate_command import annotate
-from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
+from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome, run_stage
 from saefty.data_command import datasets
 from saefty.doctor_command import doctor
 from saefty.environment import redacted
@@ -62,7 +60,7 @@ def extract(
 
     Example: saefty extract model.name=FOLDER data.path=prompts.jsonl extract.layers="[0,2]"
     """
-    _run("extract", "ExtractConfig", words, config, quiet, debug, as_json)
+    run_stage("stages.extract", "ExtractConfig", words, config, quiet, debug, as_json)
 
 
 @app.command()
@@ -77,7 +75,7 @@ def train(
 
     Example: saefty train train.store=latest sae.k=64 train.max_steps=5000
     """
-    _run("train", "TrainConfig", words, config, quiet, debug, as_json)
+    run_stage("stages.train", "TrainConfig", words, config, quiet, debug, as_json)
 
 
 @app.command()
@@ -92,7 +90,7 @@ def encode(
 
     Example: saefty encode encode.sae=latest model.name=FOLDER data.path=prompts.jsonl
     """
-    _run("encode", "EncodeConfig", words, config, quiet, debug, as_json)
+    run_stage("stages.encode", "EncodeConfig", words, config, quiet, debug, as_json)
 
 
 @app.command("eval")
@@ -107,7 +105,7 @@ def evaluate(
 
     Example: saefty eval eval.features=latest eval.topk_latents=50 intervention.enabled=true
     """
-    _run("eval", "EvalConfig", words, config, quiet, debug, as_json)
+    run_stage("stages.eval", "EvalConfig", words, config, quiet, debug, as_json)
 
 
 @app.command()
@@ -173,22 +171,3 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - shown as it is, but for tokens
         sys.stderr.write(redacted(traceback.format_exc()))
         sys.exit(getattr(error, "exit_code", 1))
-
-
-def _run(
-    stage: str,
-    config_class: str,
-    words: Sequence[str] | None,
-    path: Path | None,
-    quiet: bool,
-    debug: bool,
-    as_json: bool,
-) -> None:
-    def job() -> None:
-        from saefty.config import load_config
-
-        module = importlib.import_module(f"saefty.stages.{stage}")
-        cfg = load_config(getattr(module, config_class), path, words or ())
-        print_outcome(module.run(cfg), as_json)
-
-    guarded(job, quiet, debug, as_json)

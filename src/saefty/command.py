@@ -1,9 +1,10 @@
 """What every command does alike: options, messages, exit codes, and the line that resumes a run."""
 
+import importlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,3 +107,24 @@ def _resume_line(folder: Path) -> str:
 def print_outcome(outcome: "Outcome", as_json: bool, text: str | None = None) -> None:
     """Print what a stage did: its folder (or a text), or one JSON object."""
     typer.echo(json.dumps(outcome.as_record()) if as_json else text or str(outcome.folder))
+
+
+def run_stage(
+    module: str,
+    config_class: str,
+    words: Sequence[str] | None,
+    path: Path | None,
+    quiet: bool,
+    debug: bool,
+    as_json: bool,
+) -> None:
+    """Run the stage of a module of this package, with settings of the command line."""
+
+    def job() -> None:
+        from saefty.config import load_config
+
+        stage = importlib.import_module(f"saefty.{module}")
+        cfg = load_config(getattr(stage, config_class), path, words or ())
+        print_outcome(stage.run(cfg), as_json)
+
+    guarded(job, quiet, debug, as_json)

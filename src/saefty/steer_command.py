@@ -16,7 +16,7 @@ from saefty.command import (
     SaeId,
     Words,
     guarded,
-    print_outcome,
+    run_stage,
 )
 from saefty.steer_vector_command import effects
 from saefty.steer_vector_command import vector as make_vector
@@ -144,14 +144,7 @@ def sweep(
 
     Example: saefty steer sweep -c configs/steer.yaml steer.sae=runs/sae steer.latent=12332
     """
-
-    def job() -> None:
-        from saefty.config import load_config
-        from saefty.stages.steer_sweep import SweepConfig, run
-
-        print_outcome(run(load_config(SweepConfig, config, words or ())), as_json)
-
-    guarded(job, quiet, debug, as_json)
+    run_stage("stages.steer_sweep", "SweepConfig", words, config, quiet, debug, as_json)
 
 
 @steering.command("compare")
@@ -166,14 +159,7 @@ def compare(
 
     Example: saefty steer compare -c compare.yaml compare.vectors="{caa: DIR, sae_ts: DIR}"
     """
-
-    def job() -> None:
-        from saefty.config import load_config
-        from saefty.stages.steer_compare import CompareConfig, run
-
-        print_outcome(run(load_config(CompareConfig, config, words or ())), as_json)
-
-    guarded(job, quiet, debug, as_json)
+    run_stage("stages.steer_compare", "CompareConfig", words, config, quiet, debug, as_json)
 
 
 def _places(where: str) -> str | list[int]:

@@ -18,7 +18,7 @@ from saefty.command import (
     TextColumn,
     Words,
     guarded,
-    print_outcome,
+    run_stage,
 )
 
 
@@ -33,14 +33,7 @@ def effects(
 
     Example: saefty steer effects model.name=FOLDER effects.sae=latest data.path=prompts.jsonl
     """
-
-    def job() -> None:
-        from saefty.config import load_config
-        from saefty.stages.effects import EffectsConfig, run
-
-        print_outcome(run(load_config(EffectsConfig, config, words or ())), as_json)
-
-    guarded(job, quiet, debug, as_json)
+    run_stage("stages.effects", "EffectsConfig", words, config, quiet, debug, as_json)
 
 
 def vector(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, print_outcome
+from saefty.command import ConfigFile, Debug, Json, Quiet, Words, guarded, run_stage
 
 RunFolder = Annotated[
     str, typer.Argument(help="A run of tokens or encode: its folder, or latest (below outputs).")
@@ -34,14 +34,7 @@ def tokens(
 
     Example: saefty tokens -c config.yaml output.jsonl=true
     """
-
-    def job() -> None:
-        from saefty.config import load_config
-        from saefty.sentences import TokensConfig, run
-
-        print_outcome(run(load_config(TokensConfig, config, words or ())), as_json)
-
-    guarded(job, quiet, debug, as_json)
+    run_stage("sentences", "TokensConfig", words, config, quiet, debug, as_json)
 
 
 def compare_tokens(
