@@ -15,7 +15,7 @@ weak penalty is named only where the code is dense and no reading mends it.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from saefty.diagnosis.advice import (
     DIRECT,
@@ -78,8 +78,6 @@ class Diagnosis:
     then: str = ""
     named: Repair | None = None
     """The experiment that shows the cause, where one does."""
-    better: tuple[str, ...] = field(default=())
-    """What the better readings are, where there are any."""
 
 
 def reasons_for(found: Examination, quality: RowQuality) -> list[Finding]:
@@ -250,7 +248,6 @@ def judge_examination(
     """
     wrong = [one for one in from_codes if one.severity == "sick"]
     reasons = (*wrong, *reasons_for(found, quality))
-    better = tuple(one.trial.what for one in found.repairs if is_better(found, one))
     if not reasons:
         return Diagnosis(True, _clean(found), ())
     said = " ".join(one.sentence for one in reasons)
@@ -261,7 +258,7 @@ def judge_examination(
         by = ranked[0] if len(ranked) == 1 else None
         named, possible, why, then = _cause(found, reasons, ranked)
     sentence = f"Sick: {named or 'no single cause is named'}. {why} What is wrong: {said}"
-    return Diagnosis(False, sentence, reasons, named, possible, then, by, better)
+    return Diagnosis(False, sentence, reasons, named, possible, then, by)
 
 
 Cause = tuple[str | None, tuple[str, ...], str, str]

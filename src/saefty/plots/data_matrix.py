@@ -8,7 +8,15 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
-from saefty.plots.base import FAINT, HARMLESS, NEUTRAL, PLOTS, Canvas, say_nothing_to_draw
+from saefty.plots.base import (
+    FAINT,
+    HARMLESS,
+    NEUTRAL,
+    PLOTS,
+    Canvas,
+    say_nothing_to_draw,
+    shortened,
+)
 
 SHOWN = 20
 """Rows and columns that are drawn; the rest are named in a line."""
@@ -44,7 +52,9 @@ class DataMatrix:
     def size(self) -> tuple[float, float]:
         """Width and height in inches that give every cell room."""
         rows, columns = (min(n, SHOWN) for n in self.values.shape)
-        names = max((len(_short(name)) for name in self.sources[:SHOWN]), default=0)
+        names = max(
+            (len(shortened(name, LONGEST_NAME)) for name in self.sources[:SHOWN]), default=0
+        )
         return max(6.0, 2.4 + 0.085 * names + 0.8 * columns), max(3.6, 2.9 + 0.36 * rows)
 
 
@@ -63,12 +73,17 @@ def draw(data: DataMatrix, figure: Canvas) -> None:
     ax.set_facecolor(FAINT)
     _write(ax, values, norm, data.form)
     rows, columns = values.shape
-    ax.set_xticks(np.arange(columns) + 0.5, [_short(name) for name in data.categories[:SHOWN]])
+    ax.set_xticks(
+        np.arange(columns) + 0.5,
+        [shortened(name, LONGEST_NAME) for name in data.categories[:SHOWN]],
+    )
     ax.tick_params(axis="x", rotation=35)
     for label in ax.get_xticklabels():
         label.set_horizontalalignment("right")
         label.set_rotation_mode("anchor")
-    ax.set_yticks(np.arange(rows) + 0.5, [_short(name) for name in data.sources[:SHOWN]])
+    ax.set_yticks(
+        np.arange(rows) + 0.5, [shortened(name, LONGEST_NAME) for name in data.sources[:SHOWN]]
+    )
     ax.tick_params(length=0)
     ax.invert_yaxis()
     ax.grid(visible=False)
@@ -96,7 +111,3 @@ def _write(ax: Axes, values: Float[np.ndarray, "rows columns"], norm: Normalize,
         dark = has and float(norm(value)) > DARK
         colour = "white" if dark else "#1A1A1A" if has else NEUTRAL
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8.5)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
