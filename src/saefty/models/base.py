@@ -8,9 +8,9 @@ it has been given, so that it need not count them. Hooks, tuples and caches stay
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from saefty.models.checkpoint import ModelInfo, ModelSection, read_config
 from saefty.records import ROLES, Example, Site, Span
 from saefty.registry import Registry
 
-Status = Literal["ok", "too_long", "empty"]
+Status = Literal["ok", "too_long", "empty", "bad_image"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class TokenizedExample:
     truncated: bool
     status: Status
     """`ok`; `too_long` for the model's context; `empty` if no token, or no token of a response that
-    was given, is left to look at. Only `ok` examples can be collated."""
+    was given, is left to look at; `bad_image` if its image cannot be read. Only `ok` examples can
+    be collated."""
+    reason: str | None = None
+    """Why the status is not `ok`, where it does not say enough."""
 
     @property
     def spans(self) -> list[Span]:
@@ -76,7 +79,12 @@ class TokenBatch:
     special: Bool[Tensor, "batch seq"]
     response: Bool[Tensor, "batch seq"]
     """True from each example's `response_start` on."""
+    image: Bool[Tensor, "batch seq"]
+    """True for the tokens that stand for an image."""
     items: tuple[TokenizedExample, ...]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """What a forward pass takes beside tokens, by the names of the model's own arguments: pixels,
+    for instance. Empty for a language model."""
 
 
 @dataclass(frozen=True)

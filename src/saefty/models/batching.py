@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from saefty.models.base import Positions, TokenBatch, TokenizedExample
+from saefty.records import ROLES
 
 DEFAULT_TOKEN_BUDGET = 1024
 DEFAULT_WINDOW = 1024
@@ -80,11 +81,12 @@ def pad_together(
     length = max(len(item.ids) for item in items)
     shape = (len(items), length)
     ids, mask = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=bool)
-    special, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    special, response, image = (np.zeros(shape, dtype=bool) for _ in range(3))
     for row, item in enumerate(items):
         start = length - len(item.ids) if side == "left" else 0
         here = slice(start, start + len(item.ids))
         ids[row, here], mask[row, here], special[row, here] = item.ids, True, item.special
+        image[row, here] = item.roles == ROLES.index("image")
         if item.response_start is not None:
             response[row, start + item.response_start : here.stop] = True
     position_ids = np.clip(mask.cumsum(axis=1) - 1, 0, None)
@@ -94,6 +96,7 @@ def pad_together(
         position_ids=torch.from_numpy(position_ids).to(device),
         special=torch.from_numpy(special).to(device),
         response=torch.from_numpy(response).to(device),
+        image=torch.from_numpy(image).to(device),
         items=tuple(items),
     )
 

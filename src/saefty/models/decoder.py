@@ -90,7 +90,9 @@ class Decoder(TransformerModel):
         return cls(model, tokenizer, info, describe(section, info, model))
 
     def _read(self, batch: TokenBatch) -> Any:
-        return self._forward(batch.ids, batch.mask, whole_pass(batch), use_cache=False)
+        return self._forward(
+            batch.ids, batch.mask, whole_pass(batch), use_cache=False, **batch.inputs
+        )
 
     def logits(self, batch: TokenBatch) -> Float[Tensor, "batch seq vocab"]:
         """Return the next-token logits at every position, in the model's dtype."""
