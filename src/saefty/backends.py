@@ -15,9 +15,10 @@ import torch
 from saefty import fsio
 from saefty.config import differing_keys
 from saefty.errors import MismatchError
+from saefty.kernels import compiled
 from saefty.kernels.base import choose_kernels
 
-BACKEND = "backend.json"
+BACKEND, REASON = "backend.json", "reason"
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,15 @@ class Backend:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        kernels = type(choose_kernels(device)).__name__
-        chosen = cls(device, kernels, threads or torch.get_num_threads())
         path = folder / BACKEND
-        if not path.is_file():
+        begun = fsio.read_json(path) if path.is_file() else None
+        kernels = type(choose_kernels(device, begun and begun["kernels"])).__name__
+        chosen = cls(device, kernels, threads or torch.get_num_threads())
+        if begun is None:
             return chosen
-        begun = fsio.read_json(path)
         if threads is None:
             chosen = replace(chosen, threads=int(begun["threads"]))
+        begun = {key: value for key, value in begun.items() if key != REASON}
         differing = differing_keys({"backend": begun}, {"backend": asdict(chosen)})
         if differing:
             raise MismatchError(
@@ -62,8 +64,9 @@ class Backend:
         return chosen
 
     def note(self, folder: Path) -> None:
-        """Write the backend into a run's folder."""
-        fsio.commit_json(folder / BACKEND, asdict(self))
+        """Write the backend into a run's folder, and why it has these kernels."""
+        reason = compiled.library().reason if self.device == "cpu" else "the device is no CPU"
+        fsio.commit_json(folder / BACKEND, {**asdict(self), REASON: reason})
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from saefty.errors import NumericError
-from saefty.kernels.base import SparseKernels, choose_kernels
+from saefty.kernels.base import AdamStep, LatentGradients, SparseKernels, choose_kernels
 from saefty.saes.base import SaeConfig
 from saefty.saes.gradients import training_step
 from saefty.training_settings import OptimizerSection
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-CACHED_ROWS = 256
-"""Rows of a weight matrix handled at once where it is read several times: they stay in cache."""
 
 
 @dataclass
@@ -58,6 +55,7 @@ class Trainee:
         n_steps: Length of the schedule.
         dead_after: Rows without firing after which a latent counts as dead.
         device: Where to train.
+        kernels: The class of the kernels that carry out the arithmetic; None takes the fastest.
     """
 
     def __init__(
@@ -69,28 +67,26 @@ class Trainee:
         n_steps: int,
         dead_after: int,
         device: torch.device | str = "cpu",
+        kernels: str | None = None,
     ) -> None:
         self.sae = config.build().to(device)
-        self.kernels: SparseKernels = choose_kernels(device)
+        self.kernels: SparseKernels = choose_kernels(device, kernels)
         self.section = optimizer
         self.grad_clip = grad_clip
         self.n_steps = n_steps
         self.dead_after = dead_after
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
-        self.fused = torch.device(device).type in {"cpu", "cuda"}
-        # W_enc is trained by latents, as it lies in memory; this parameter is the same memory.
+        # W_enc is trained by latents, as it lies in memory; this is the same memory.
         self.parameters = {
-            name: nn.Parameter(value.data.T if name == "W_enc" else value.data)
+            name: value.data.T if name == "W_enc" else value.data
             for name, value in self.sae.named_parameters()
         }
-        self.adam = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=optimizer.lr,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=self.fused,
-        )
+        self.moments = {
+            name: {moment: torch.zeros_like(weights) for moment in ADAM_MOMENTS}
+            for name, weights in self.parameters.items()
+        }
+        self.steps = 0
+        self._gradients = LatentGradients.empty(config.d_sae, self.sae.W_dec)
 
     @property
     def dead(self) -> Int[Tensor, "dead"]:
@@ -139,19 +135,15 @@ class Trainee:
         """
         dead = self.dead
         self.sae.schedule(step, self.n_steps)
-        result = training_step(self.sae, x, dead, self.kernels)
-        gradients = result.gradients
-        if self.sae.unit_decoder:
-            _remove_parallel(gradients["W_dec"], self.sae.W_dec)
-        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
-        loss = float(result.loss)
+        result = training_step(
+            self.sae, x, dead, self.kernels, self._gradients, tangent=self.sae.unit_decoder
+        )
+        loss, norm = float(result.loss), float(result.length)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericError(f"the loss is {loss} and the gradient's norm {norm}.")
-        if self.grad_clip is not None and norm > self.grad_clip:
-            for gradient in gradients.values():
-                gradient.mul_(self.grad_clip / norm)
         rate = self.section.rate(step, self.n_steps)
-        self._move(gradients, rate)
+        clip = math.inf if self.grad_clip is None else self.grad_clip
+        self._move(result.gradients, rate, clip / norm if norm > clip else 1.0)
         self.since_fired += len(x)
         self.since_fired[result.code.indices] = 0
         self.sae.observe(result.code)
@@ -164,15 +156,22 @@ class Trainee:
             "grad_norm": norm,
         }
 
-    def _move(self, gradients: dict[str, Tensor], rate: float) -> None:
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name]
-        self.adam.step()
-        self.adam.zero_grad()
-        if self.sae.unit_decoder:
-            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+    def _move(self, gradients: dict[str, Tensor], rate: float, factor: float) -> None:
+        self.steps += 1
+        section = self.section
+        step = AdamStep(
+            self.steps,
+            rate,
+            section.beta1,
+            section.beta2,
+            section.eps,
+            section.weight_decay,
+            factor,
+        )
+        for name, weights in self.parameters.items():
+            mean, power = (self.moments[name][moment] for moment in ADAM_MOMENTS)
+            unit = name == "W_dec" and self.sae.unit_decoder
+            self.kernels.adamw(weights, mean, power, gradients[name], step, unit=unit)
 
     def weights(self) -> dict[str, Tensor]:
         """Return everything that makes the SAE, by name."""
@@ -186,25 +185,16 @@ class Trainee:
     def state(self) -> dict[str, Tensor]:
         """Return everything that the next steps depend on."""
         tensors = {**self.weights(), "since_fired": self.since_fired}
-        for name, parameter in self.parameters.items():
-            memory = self.adam.state[parameter]
-            tensors[f"{name}.step"] = memory["step"]
-            tensors.update({f"{name}.{moment}": memory[moment] for moment in ADAM_MOMENTS})
+        for name, moments in self.moments.items():
+            tensors[f"{name}.step"] = torch.tensor(float(self.steps))
+            tensors.update({f"{name}.{moment}": value for moment, value in moments.items()})
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Set what `state` returned."""
-        device = self.since_fired.device
         self.load_weights(tensors)
         self.since_fired.copy_(tensors["since_fired"])
-        for name, parameter in self.parameters.items():
-            # The fused optimiser counts its steps beside the weights, the plain one on the CPU.
-            memory = {"step": tensors[f"{name}.step"].to(device if self.fused else "cpu")}
-            memory |= {m: tensors[f"{name}.{m}"].to(device) for m in ADAM_MOMENTS}
-            self.adam.state[parameter] = memory
-
-
-def _remove_parallel(gradient: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"]) -> None:
-    """Take from each row of a gradient, in place, what is parallel to its unit row of W."""
-    for g, rows in zip(gradient.split(CACHED_ROWS), W.split(CACHED_ROWS), strict=True):
-        g.addcmul_(torch.linalg.vecdot(g, rows)[:, None], rows, value=-1)
+        for name, moments in self.moments.items():
+            self.steps = int(tensors[f"{name}.step"])
+            for moment, value in moments.items():
+                value.copy_(tensors[f"{name}.{moment}"])

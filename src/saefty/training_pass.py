@@ -105,6 +105,7 @@ class Pass:
                     n_steps=self.n_steps,
                     dead_after=max(1, dead_rows),
                     device=self.device,
+                    kernels=backend.kernels,
                 ),
                 config,
                 path,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from saefty.kernels.base import KERNELS, SparseCode
+from saefty.kernels.base import KERNELS, AdamStep, LatentGradients, SparseCode
+from saefty.kernels.compiled import library
 
 D_IN, D_SAE, K = 6, 20, 4
 REFERENCE = KERNELS["reference"]()
@@ -53,6 +54,8 @@ KINDS = ["random", "tied", "all equal", "few positive", "none positive", "one ro
 
 @pytest.fixture(params=list(KERNELS))
 def kernels(request):
+    if request.param == "cpu" and library().functions is None:
+        pytest.skip(library().reason)
     return KERNELS[request.param]()
 
 
@@ -159,6 +162,99 @@ def test_gradients_equal_autograd_on_the_dense_formula(kernels, data):
         torch.testing.assert_close(
             kernels.weight_grad(by_value, code, ones, D_SAE).squeeze(1), b_enc.grad
         )
+
+
+def float32_inputs(kind):
+    """Enough latents for work in groups; small integers, of which float32 makes no error."""
+    d_sae = 1024
+    x, W = integers(300, D_IN), integers(D_IN, d_sae, seed=1)
+    b = integers(d_sae, seed=2)
+    if kind == "all equal":
+        x, W, b = torch.ones_like(x), torch.ones_like(W), torch.zeros_like(b)
+    if kind == "few positive":
+        b = b - 30
+    return x.float(), W.float(), b.float()
+
+
+@pytest.mark.parametrize("kind", ["random", "all equal", "few positive"])
+@pytest.mark.parametrize("k", [1, 7, 32, 1024])
+def test_in_float32_too_a_selection_equals_the_oracle_on_ties_and_gaps(kernels, kind, k):
+    x, W_enc, b_enc = float32_inputs(kind)
+    assert_same_code(kernels.topk(x, W_enc, b_enc, k), REFERENCE.topk(x, W_enc, b_enc, k))
+
+
+def test_a_nan_ranks_first_in_its_row_and_no_other_row_notices(kernels):
+    x, W_enc, b_enc = float32_inputs("random")
+    wanted = kernels.topk(x, W_enc, b_enc, 5)
+    x[7] = float("nan")
+    got = kernels.topk(x, W_enc, b_enc, 5)
+    others = [row for row in range(len(x)) if row != 7]
+    torch.testing.assert_close(got.dense(1024)[others], wanted.dense(1024)[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_and_gradients_of_latents_equal_those_of_numpy(kernels, dtype):
+    x, W_enc, b_enc = (part.to(dtype) for part in float32_inputs("random"))
+    W_dec, b_dec = integers(1024, D_IN, seed=3).to(dtype), integers(D_IN, seed=4).to(dtype)
+    code = REFERENCE.topk(x, W_enc, b_enc, 9)
+    error, dots = kernels.errors(code, x, W_dec, b_dec)
+    z = code.dense(1024).double().numpy()
+    by_hand = z @ W_dec.double().numpy() + b_dec.double().numpy() - x.double().numpy()
+    np.testing.assert_array_equal(error.double().numpy(), by_hand)
+    all_dots = by_hand @ W_dec.double().numpy().T
+    np.testing.assert_array_equal(
+        dots.double().numpy(), all_dots[code.row_of.numpy(), code.indices.numpy()]
+    )
+    by_value = integers(len(dots), seed=5).to(dtype)
+    found = kernels.latent_gradients(code, by_value, x, error, 0.5, 1024)
+    weights = np.zeros_like(z)
+    weights[code.row_of.numpy(), code.indices.numpy()] = by_value.double().numpy()
+    np.testing.assert_array_equal(found.W_enc.double().numpy(), weights.T @ x.double().numpy())
+    np.testing.assert_array_equal(found.b_enc.double().numpy(), weights.sum(axis=0))
+    np.testing.assert_array_equal(found.W_dec.double().numpy(), 0.5 * z.T @ by_hand)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_a_unit_decoder_lie_on_the_sphere_and_know_their_length(kernels, dtype):
+    x, W_enc, b_enc = (part.to(dtype) for part in float32_inputs("random"))
+    unit = gaussian(1024, D_IN, seed=3)
+    unit = (unit / unit.norm(dim=1, keepdim=True)).to(dtype)
+    code = REFERENCE.topk(x, W_enc, b_enc, 9)
+    error, dots = REFERENCE.errors(code, x, unit, x[0])
+    free = REFERENCE.latent_gradients(code, dots, x, error, 1.0, 1024)
+    memory = LatentGradients.empty(1024, x)
+    found = kernels.latent_gradients(code, dots, x, error, 1.0, 1024, unit, memory)
+    along = (free.W_dec.double() * unit.double()).sum(dim=1, keepdim=True)
+    wanted = free.W_dec.double() - along * unit.double()
+    scale = float(free.W_dec.abs().max())
+    near = {"rtol": 0.0, "atol": (1e-5 if dtype == torch.float32 else 1e-12) * scale}
+    torch.testing.assert_close(found.W_dec.double(), wanted, **near)
+    parts = (found.W_enc, found.W_dec, found.b_enc[:, None])
+    lengths = sum(part.double().square().sum(dim=1) for part in parts)
+    torch.testing.assert_close(found.squared.double(), lengths, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "unit"), [((40, 6), False), ((40, 6), True), ((40,), False)])
+def test_adamw_moves_as_torchs_optimiser_does(kernels, dtype, shape, unit):
+    start = gaussian(*shape).to(dtype)
+    twin = torch.nn.Parameter(start.clone().double())
+    optimiser = torch.optim.AdamW([twin], lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
+    weights, mean, power = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for number in (1, 2, 3):
+        gradient = gaussian(*shape, seed=number).to(dtype)
+        twin.grad = gradient.double() * 0.5
+        optimiser.step()
+        if unit:
+            twin.data /= twin.data.norm(dim=1, keepdim=True)
+        step = AdamStep(number, 0.1, 0.8, 0.9, 1e-6, 0.2, factor=0.5)
+        kernels.adamw(weights, mean, power, gradient, step, unit=unit)
+    near = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    )
+    torch.testing.assert_close(weights.double(), twin.data, **near)
+    torch.testing.assert_close(mean.double(), optimiser.state[twin]["exp_avg"], **near)
+    torch.testing.assert_close(power.double(), optimiser.state[twin]["exp_avg_sq"], **near)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels):

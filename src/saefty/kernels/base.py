@@ -7,6 +7,7 @@ selection over a whole batch must choose between equal values, the earlier row d
 does all of it with dense torch and is the oracle; the others must agree with it.
 """
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -96,6 +97,50 @@ class SparseCode:
         return cls(values[fires], indices[fires], offsets)
 
 
+@dataclass(frozen=True)
+class LatentGradients:
+    """The gradients of an encoder and a decoder, both latent by latent."""
+
+    W_enc: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, "d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    squared: Float[Tensor, "d_sae"]
+    """The squared length of each latent's three gradients together."""
+
+    @classmethod
+    def empty(cls, d_sae: int, like: Float[Tensor, "rows d_in"]) -> "LatentGradients":
+        """Return memory for them."""
+        wide, narrow = (d_sae, like.shape[1]), d_sae
+        new = like.new_empty
+        return cls(new(wide), new(narrow), new(wide), new(narrow))
+
+    @classmethod
+    def of(
+        cls,
+        W_enc: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, "d_sae"],
+        W_dec: Float[Tensor, "d_sae d_in"],
+    ) -> "LatentGradients":
+        """Return gradients with their lengths."""
+        squared = torch.linalg.vecdot(W_enc, W_enc) + torch.linalg.vecdot(W_dec, W_dec)
+        return cls(W_enc, b_enc, W_dec, squared + b_enc.square())
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One step of AdamW: which it is, and how far it goes."""
+
+    number: int
+    """Counted from 1."""
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    factor: float = 1.0
+    """The gradient is multiplied by it first."""
+
+
 @runtime_checkable
 class SparseKernels(Protocol):
     """The arithmetic of sparse codes; W_enc is [d_in, d_sae], W_dec is [d_sae, d_in].
@@ -169,6 +214,64 @@ class SparseKernels(Protocol):
         """Return, for each latent, the sum of its entries' weights times their rows of `rows`."""
         ...
 
+    def errors(
+        self,
+        code: SparseCode,
+        x: Float[Tensor, "rows d_in"],
+        W_dec: Float[Tensor, "latents d_in"],
+        b_dec: Float[Tensor, "d_in"],
+    ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "nnz"]]:
+        """Return the error z W_dec + b_dec - x, and each entry's `row_dots` of it."""
+        ...
+
+    def latent_gradients(
+        self,
+        code: SparseCode,
+        by_value: Float[Tensor, "nnz"],
+        x: Float[Tensor, "rows d_in"],
+        error: Float[Tensor, "rows d_in"],
+        scale: float,
+        d_sae: int,
+        unit: Float[Tensor, "d_sae d_in"] | None = None,
+        into: LatentGradients | None = None,
+    ) -> LatentGradients:
+        """Return the gradients of the weights, given those of the code's values.
+
+        Args:
+            code: The code.
+            by_value: The gradient of each entry's value.
+            x: What was encoded.
+            error: What the decoder missed it by.
+            scale: The gradient of the decoder is the entries' values times this, times the error.
+            d_sae: How many latents there are.
+            unit: A decoder whose rows are to keep length 1: what would change their length is taken
+                out of its gradient.
+            into: Memory that may be used for the result, so that none is made anew.
+        """
+        ...
+
+    def adamw(
+        self,
+        weights: Float[Tensor, "*shape"],
+        mean: Float[Tensor, "*shape"],
+        power: Float[Tensor, "*shape"],
+        gradient: Float[Tensor, "*shape"],
+        step: AdamStep,
+        *,
+        unit: bool = False,
+    ) -> None:
+        """Move weights and both moments in place.
+
+        Args:
+            weights: What learns.
+            mean: The moving mean of its gradient.
+            power: That of the gradient's square.
+            gradient: The gradient; it may be overwritten.
+            step: How to move.
+            unit: Bring each row of the weights back to length 1.
+        """
+        ...
+
 
 KERNELS: Registry[type[SparseKernels]] = Registry("set of kernels", "saefty.kernels")
 
@@ -224,7 +327,21 @@ def has_bfloat16_units() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def choose_kernels(device: torch.device | str) -> SparseKernels:
-    """Return the fastest kernels that run on a device."""
-    screened = torch.device(device).type == "cpu" and has_bfloat16_units()
-    return KERNELS["screened" if screened else "torch_sparse"]()
+def choose_kernels(device: torch.device | str, wanted: str | None = None) -> SparseKernels:
+    """Return the fastest kernels that run on a device.
+
+    Args:
+        device: Where the arithmetic is done.
+        wanted: The class of the kernels to use if they run here, such as what a run began with.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    names = ["cpu", "screened", "torch_sparse"] if on_cpu else ["torch_sparse"]
+    usable = [KERNELS[name] for name in names if _runs(name)]
+    return next((kind for kind in usable if kind.__name__ == wanted), usable[0])()
+
+
+def _runs(name: str) -> bool:
+    """Return whether a set of kernels for the CPU can be used on this machine."""
+    if name == "cpu":
+        return importlib.import_module("saefty.kernels.compiled").library().functions is not None
+    return name == "torch_sparse" or has_bfloat16_units()

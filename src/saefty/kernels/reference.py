@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefty.kernels.base import KERNELS, SparseCode
+from saefty.kernels.base import KERNELS, AdamStep, LatentGradients, SparseCode
 
 
 @KERNELS.register("reference")
@@ -85,3 +85,54 @@ class Reference:
         dense = rows.new_zeros(code.n_rows, d_sae)
         dense[code.row_of, code.indices] = weights
         return dense.T @ rows
+
+    def errors(
+        self,
+        code: SparseCode,
+        x: Float[Tensor, "rows d_in"],
+        W_dec: Float[Tensor, "latents d_in"],
+        b_dec: Float[Tensor, "d_in"],
+    ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "nnz"]]:
+        """Decode densely, and multiply everything."""
+        error = self.decode(code, W_dec) + b_dec - x
+        return error, self.row_dots(error, code, W_dec)
+
+    def latent_gradients(
+        self,
+        code: SparseCode,
+        by_value: Float[Tensor, "nnz"],
+        x: Float[Tensor, "rows d_in"],
+        error: Float[Tensor, "rows d_in"],
+        scale: float,
+        d_sae: int,
+        unit: Float[Tensor, "d_sae d_in"] | None = None,
+        into: LatentGradients | None = None,
+    ) -> LatentGradients:
+        """Multiply dense arrays."""
+        dense = x.new_zeros(code.n_rows, d_sae)
+        dense[code.row_of, code.indices] = by_value
+        W_dec = code.dense(d_sae).T @ error * scale
+        if unit is not None:
+            W_dec = W_dec - (W_dec * unit).sum(dim=1, keepdim=True) * unit
+        return LatentGradients.of(dense.T @ x, dense.sum(dim=0), W_dec)
+
+    def adamw(
+        self,
+        weights: Float[Tensor, "*shape"],
+        mean: Float[Tensor, "*shape"],
+        power: Float[Tensor, "*shape"],
+        gradient: Float[Tensor, "*shape"],
+        step: AdamStep,
+        *,
+        unit: bool = False,
+    ) -> None:
+        """Write the formula out."""
+        slope = gradient * step.factor
+        mean.copy_(step.beta1 * mean + (1 - step.beta1) * slope)
+        power.copy_(step.beta2 * power + (1 - step.beta2) * slope.square())
+        first = mean / (1 - step.beta1**step.number)
+        second = power / (1 - step.beta2**step.number)
+        decayed = weights * (1 - step.rate * step.weight_decay)
+        weights.copy_(decayed - step.rate * first / (second.sqrt() + step.eps))
+        if unit:
+            weights.copy_(weights / weights.square().sum(dim=1, keepdim=True).sqrt())

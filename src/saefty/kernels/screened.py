@@ -14,6 +14,7 @@ the bfloat16 product rounds decides only how many latents are looked at twice. R
 bound says nothing, because fewer than k latents are clearly positive, are done in float32 at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saefty.kernels.base import KERNELS, SparseCode, largest
-from saefty.kernels.torch_sparse import TorchSparse, pair_dots, topk_table
+from saefty.kernels.torch_sparse import TopkTable, TorchSparse, pair_dots
 
 ROWS = 512
 """Rows screened at once: their product stays in cache."""
@@ -63,7 +64,7 @@ class Screened(TorchSparse):
         coarser = _coarser(x, W_enc, k)
         if not coarser:
             return super().topk(x, W_enc, b_enc, k)
-        x, screen = x.detach(), _Screen.of(W_enc.detach(), b_enc.detach(), coarser)
+        x, screen = x.detach(), self.screen(W_enc.detach(), b_enc.detach(), coarser)
         values = x.new_empty(len(x), k)
         indices = torch.empty(len(x), k, dtype=torch.long)
         pre = torch.empty(min(ROWS, len(x)), len(b_enc), dtype=torch.bfloat16)
@@ -71,6 +72,21 @@ class Screened(TorchSparse):
             part = slice(start, start + ROWS)
             values[part], indices[part] = screen.topk(x[part], k, pre)
         return SparseCode.from_table(values, indices)
+
+    def screen(
+        self, W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, "d_sae"], coarser: int
+    ) -> "Screen":
+        """Round an encoder, a part that stays in cache at a time."""
+        W = W_enc.T.contiguous()
+        rough = torch.empty_like(W, dtype=torch.bfloat16)
+        norms, lost = W.new_empty(len(W)), W.new_empty(len(W))
+        for start in range(0, len(W), ROWS):
+            part = slice(start, start + ROWS)
+            rough[part] = W[part]
+            torch.linalg.vector_norm(W[part], dim=1, out=norms[part])
+            torch.linalg.vector_norm(W[part] - rough[part].float(), dim=1, out=lost[part])
+        longest, farthest = float(norms.max()), float(lost.max())
+        return Screen(W, b_enc, rough, b_enc.bfloat16(), longest, farthest, coarser, self.table)
 
 
 def _coarser(x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], k: int) -> int:
@@ -80,6 +96,11 @@ def _coarser(x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], 
     known = x.dtype == W_enc.dtype == torch.float32 and x.device.type == "cpu"
     if not (large and known and k > 0 and _product_holds()):
         return 0
+    return joined_groups(d_sae, k)
+
+
+def joined_groups(d_sae: int, k: int) -> int:
+    """Return how many groups may share a maximum so that enough are left, or 0 if none may."""
     fits = (
         n for n in COARSER if d_sae % (MEMBERS * n) == 0 and d_sae >= MEMBERS * n * GROUPS_FOR_K * k
     )
@@ -87,7 +108,7 @@ def _coarser(x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], 
 
 
 @dataclass(frozen=True)
-class _Screen:
+class Screen:
     """An encoder in both formats, and the norms that bound what rounding does to its products."""
 
     W: Float[Tensor, "d_sae d_in"]
@@ -99,23 +120,8 @@ class _Screen:
     farthest: float
     """Largest norm of what rounding took from a latent's weights."""
     coarser: int
-
-    @classmethod
-    def of(
-        cls, W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, "d_sae"], coarser: int
-    ) -> "_Screen":
-        """Round an encoder, a part that stays in cache at a time."""
-        W = W_enc.T.contiguous()
-        rough = torch.empty_like(W, dtype=torch.bfloat16)
-        norms, lost = W.new_empty(len(W)), W.new_empty(len(W))
-        for start in range(0, len(W), ROWS):
-            part = slice(start, start + ROWS)
-            rough[part] = W[part]
-            torch.linalg.vector_norm(W[part], dim=1, out=norms[part])
-            torch.linalg.vector_norm(W[part] - rough[part].float(), dim=1, out=lost[part])
-        return cls(
-            W, b_enc, rough, b_enc.bfloat16(), float(norms.max()), float(lost.max()), coarser
-        )
+    table: Callable[..., TopkTable]
+    """Selects where screening says too little."""
 
     def topk(
         self,
@@ -137,12 +143,12 @@ class _Screen:
         least = torch.where(sure, floor.bfloat16().view(torch.int16) - 1, NEVER)[:, None]
         rows, chosen = (groups >= least).nonzero(as_tuple=True)
         if not bool(sure.any()) or len(rows) > CROWDED * k * len(x):
-            return topk_table(x, self.W.T, self.b, k)
+            return self.table(x, self.W.T, self.b, k)
         rows, latents = _members(pre, least, rows, chosen)
         values, indices = self.exact(x, rows, latents, k)
         unsure = (~sure).nonzero().squeeze(1)
         if len(unsure):
-            values[unsure], indices[unsure] = topk_table(x[unsure], self.W.T, self.b, k)
+            values[unsure], indices[unsure] = self.table(x[unsure], self.W.T, self.b, k)
         return values, indices
 
     def bound(

@@ -8,18 +8,29 @@ products for the encoder's gradient reuse the backward of `embedding_bag`, which
 rows in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.adamw import adamw
 
-from saefty.kernels.base import KERNELS, SparseCode, affine, largest
+from saefty.kernels.base import (
+    KERNELS,
+    AdamStep,
+    LatentGradients,
+    SparseCode,
+    affine,
+    largest,
+)
 
 CHUNK_ROWS = 256
 SUM_MODE = 0
+
+TopkTable = tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]
+"""Values and their latents; a row with fewer than k fills up with values that do not fire."""
 
 
 @KERNELS.register("torch_sparse")
@@ -34,7 +45,17 @@ class TorchSparse:
         k: int,
     ) -> SparseCode:
         """Select the k largest of each row, chunk by chunk."""
-        return SparseCode.from_table(*topk_table(x, W_enc, b_enc, min(k, len(b_enc))))
+        return SparseCode.from_table(*self.table(x, W_enc, b_enc, min(k, len(b_enc))))
+
+    def table(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        k: int,
+    ) -> TopkTable:
+        """Return the k largest pre-activations of each row with their latents, descending."""
+        return topk_table(x, W_enc, b_enc, k)
 
     def topk_abs(
         self,
@@ -141,6 +162,68 @@ class TorchSparse:
             per_sample_weights=weights[order],
         )
 
+    def errors(
+        self,
+        code: SparseCode,
+        x: Float[Tensor, "rows d_in"],
+        W_dec: Float[Tensor, "latents d_in"],
+        b_dec: Float[Tensor, "d_in"],
+    ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "nnz"]]:
+        """Decode all rows, then multiply latent by latent."""
+        error = self.decode(code, W_dec).add_(b_dec).sub_(x)
+        return error, self.row_dots(error, code, W_dec)
+
+    def latent_gradients(
+        self,
+        code: SparseCode,
+        by_value: Float[Tensor, "nnz"],
+        x: Float[Tensor, "rows d_in"],
+        error: Float[Tensor, "rows d_in"],
+        scale: float,
+        d_sae: int,
+        unit: Float[Tensor, "d_sae d_in"] | None = None,
+        into: LatentGradients | None = None,
+    ) -> LatentGradients:
+        """Sum three times; `embedding_bag` makes its own memory."""
+        W_dec = self.weight_grad(code.values * scale, code, error, d_sae)
+        if unit is not None:
+            remove_parallel(W_dec, unit)
+        return LatentGradients.of(
+            self.weight_grad(by_value, code, x, d_sae),
+            self.weight_grad(by_value, code, x.new_ones(len(x), 1), d_sae).squeeze(1),
+            W_dec,
+        )
+
+    def adamw(
+        self,
+        weights: Float[Tensor, "*shape"],
+        mean: Float[Tensor, "*shape"],
+        power: Float[Tensor, "*shape"],
+        gradient: Float[Tensor, "*shape"],
+        step: AdamStep,
+        *,
+        unit: bool = False,
+    ) -> None:
+        """Move by torch's own AdamW, fused where there is one."""
+        if step.factor != 1.0:
+            gradient.mul_(step.factor)
+        fused = weights.device.type in {"cpu", "cuda"}
+        # One less, for AdamW counts up first; the fused one counts beside the weights.
+        count = torch.tensor(step.number - 1.0, device=weights.device if fused else "cpu")
+        adamw(
+            [weights], [gradient], [mean], [power], [], [count],
+            fused=fused, amsgrad=False, beta1=step.beta1, beta2=step.beta2, lr=step.rate,
+            weight_decay=step.weight_decay, eps=step.eps, maximize=False,
+        )  # fmt: skip
+        if unit:
+            weights.div_(weights.norm(dim=1, keepdim=True))
+
+
+def remove_parallel(gradient: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"]) -> None:
+    """Take from each row of a gradient, in place, what is parallel to its unit row of W."""
+    for g, rows in zip(gradient.split(CHUNK_ROWS), W.split(CHUNK_ROWS), strict=True):
+        g.addcmul_(torch.linalg.vecdot(g, rows)[:, None], rows, value=-1)
+
 
 def pair_dots(
     x: Float[Tensor, "rows d"],
@@ -163,13 +246,22 @@ def topk_table(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
     k: int,
-) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """Return the k largest pre-activations of each row with their latents, descending."""
+    choose: Callable[[Float[Tensor, "chunk d_sae"], int], TopkTable] = largest,
+) -> TopkTable:
+    """Return the k largest pre-activations of each row with their latents, descending.
+
+    Args:
+        x: What is encoded.
+        W_enc: The encoder.
+        b_enc: Its bias.
+        k: How many a row.
+        choose: Does so for rows whose pre-activations are all there.
+    """
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
     for start, pre in _chunks(x, W_enc, b_enc):
         stop = start + len(pre)
-        values[start:stop], indices[start:stop] = largest(pre, k)
+        values[start:stop], indices[start:stop] = choose(pre, k)
     return values, indices
 
 

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefty.kernels.base import SparseCode, SparseKernels, affine
+from saefty.kernels.base import LatentGradients, SparseCode, SparseKernels, affine
 from saefty.kernels.products import entries_of
+from saefty.kernels.torch_sparse import remove_parallel
 from saefty.saes.base import SparseAutoencoder
 
 DENSE_UP_TO = 4
@@ -39,6 +40,8 @@ class Step:
     loss: Float[Tensor, ""]
     squared_error: Float[Tensor, ""]
     """Sum over rows and dimensions of (x - x̂)²."""
+    length: Float[Tensor, ""]
+    """The norm of all gradients together."""
 
 
 def training_step(
@@ -46,6 +49,9 @@ def training_step(
     x: Float[Tensor, "rows d_in"],
     dead: Int[Tensor, "dead"],
     kernels: SparseKernels,
+    into: LatentGradients | None = None,
+    *,
+    tangent: bool = False,
 ) -> Step:
     """Return the gradients of the training loss on scaled activations.
 
@@ -54,12 +60,15 @@ def training_step(
         x: A batch of scaled activations.
         dead: Indices of the latents that count as dead.
         kernels: The sparse arithmetic to use.
+        into: Memory that the gradients may take, until the next step.
+        tangent: Take out of the decoder's gradient what would change the length of its unit rows.
     """
     with torch.no_grad():
         code = sae.training_code(x, kernels)
         if code is not None:
-            return _sparse(sae, x, dead, kernels, code)
-    return _dense(sae, x, dead)
+            unit = sae.W_dec if tangent else None
+            return _sparse(sae, x, dead, kernels, code, unit, into)
+    return _dense(sae, x, dead, tangent)
 
 
 def _sparse(
@@ -68,20 +77,27 @@ def _sparse(
     dead: Int[Tensor, "dead"],
     kernels: SparseKernels,
     code: SparseCode,
+    unit: Float[Tensor, "d_sae d_in"] | None,
+    into: LatentGradients | None,
 ) -> Step:
-    error = kernels.decode(code, sae.W_dec).add_(sae.b_dec).sub_(x)
+    error, dots = kernels.errors(code, x, sae.W_dec, sae.b_dec)
     squared = error.square().sum()
     scale = 2.0 / x.numel()
-    gradients = _code_gradients(kernels, code, x, error, sae.W_dec, scale)
-    gradients["b_dec"] = error.sum(dim=0) * scale
+    found = kernels.latent_gradients(code, dots * scale, x, error, scale, sae.d_sae, unit, into)
+    by_bias = error.sum(dim=0) * scale
     loss = squared / x.numel()
     if len(dead) and sae.aux_k and sae.config.aux_weight:
         # The residual -error is held constant: only the dead latents learn to explain it.
-        auxiliary, gradient = _auxiliary(sae, x, error, dead, kernels)
+        auxiliary, extra = _auxiliary(sae, x, error, dead, kernels, unit)
         loss = loss + auxiliary
-        for name, value in gradient.items():
-            gradients[name][dead] += value
-    return Step(gradients, code, loss, squared)
+        parts = ("W_enc", "b_enc", "W_dec")
+        sums = [getattr(found, part)[dead] + getattr(extra, part) for part in parts]
+        for part, total in zip(parts, sums, strict=True):
+            getattr(found, part)[dead] = total
+        found.squared[dead] = LatentGradients.of(*sums).squared
+    gradients = {"W_enc": found.W_enc, "b_enc": found.b_enc, "W_dec": found.W_dec, "b_dec": by_bias}
+    length = (found.squared.double().sum() + by_bias.double().square().sum()).sqrt()
+    return Step(gradients, code, loss, squared, length)
 
 
 def _auxiliary(
@@ -90,16 +106,18 @@ def _auxiliary(
     error: Float[Tensor, "rows d_in"],
     dead: Int[Tensor, "dead"],
     kernels: SparseKernels,
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    unit: Float[Tensor, "d_sae d_in"] | None,
+) -> tuple[Float[Tensor, ""], LatentGradients]:
     """Return the auxiliary loss and its gradients for the dead latents."""
     W_enc, b_enc, W_dec = sae.W_enc.T[dead].T, sae.b_enc[dead], sae.W_dec[dead]
+    unit = None if unit is None else W_dec
     k = min(sae.aux_k, len(dead))
     scale = 2.0 / x.numel() * sae.config.aux_weight
     if len(dead) > DENSE_UP_TO * k:
         select = kernels.topk_abs if sae.signed else kernels.topk
         code = select(x, W_enc, b_enc, k)
-        rest = kernels.decode(code, W_dec) + error
-        gradients = _code_gradients(kernels, code, x, rest, W_dec, scale)
+        rest, dots = kernels.errors(code, -error, W_dec, torch.zeros_like(sae.b_dec))
+        gradients = kernels.latent_gradients(code, dots * scale, x, rest, scale, len(dead), unit)
     else:
         z = affine(x, W_enc, b_enc)
         z = z if sae.signed else z.relu()
@@ -108,33 +126,18 @@ def _auxiliary(
             z = torch.zeros_like(z).scatter_(1, chosen, z.gather(1, chosen))
         rest = z @ W_dec + error
         by_value = (rest @ W_dec.T) * (z != 0) * scale
-        gradients = {
-            "W_enc": by_value.T @ x,
-            "b_enc": by_value.sum(dim=0),
-            "W_dec": z.T @ rest * scale,
-        }
+        by_decoder = z.T @ rest * scale
+        if unit is not None:
+            remove_parallel(by_decoder, unit)
+        gradients = LatentGradients.of(by_value.T @ x, by_value.sum(dim=0), by_decoder)
     return sae.config.aux_weight * rest.square().mean(), gradients
 
 
-def _code_gradients(
-    kernels: SparseKernels,
-    code: SparseCode,
-    x: Float[Tensor, "rows d_in"],
-    error: Float[Tensor, "rows d_in"],
-    W_dec: Float[Tensor, "latents d_in"],
-    scale: float,
-) -> dict[str, Tensor]:
-    d_sae = len(W_dec)
-    values = kernels.row_dots(error, code, W_dec) * scale
-    return {
-        "W_enc": kernels.weight_grad(values, code, x, d_sae),
-        "b_enc": kernels.weight_grad(values, code, x.new_ones(len(x), 1), d_sae).squeeze(1),
-        "W_dec": kernels.weight_grad(code.values * scale, code, error, d_sae),
-    }
-
-
 def _dense(
-    sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"], dead: Int[Tensor, "dead"]
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "rows d_in"],
+    dead: Int[Tensor, "dead"],
+    tangent: bool,
 ) -> Step:
     names, parameters = zip(*sae.named_parameters(), strict=True)
     with torch.enable_grad():
@@ -145,5 +148,9 @@ def _dense(
         for name, parameter, gradient in zip(names, parameters, found, strict=True)
     }
     gradients["W_enc"] = gradients["W_enc"].T
+    if tangent:
+        remove_parallel(gradients["W_dec"], sae.W_dec)
     code = entries_of(loss.z)
-    return Step(gradients, code, loss.total.detach(), loss.reconstruction.detach() * x.numel())
+    length = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    squared = loss.reconstruction.detach() * x.numel()
+    return Step(gradients, code, loss.total.detach(), squared, length)

@@ -1,0 +1,201 @@
+"""Kernels in C++ where loops over rows and latents cost more in torch: selecting, fused gradients.
+
+The encoder's product stays torch's. What follows it is one pass over each row or each latent while
+it lies in cache: which latents can be among the k largest, their float32 values, errors with the
+dot products of the encoder's gradient, and both gradients of a latent. Anything but contiguous
+float32 on the CPU is left to the kernels in torch.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saefty.kernels.base import KERNELS, AdamStep, LatentGradients, SparseCode, largest
+from saefty.kernels.compiled import library
+from saefty.kernels.screened import CROWDED, MEMBERS, ROUNDING, Screen, Screened, joined_groups
+from saefty.kernels.torch_sparse import TopkTable, topk_table
+
+NOT_DECIDED = -1
+
+
+@KERNELS.register("cpu")
+class Cpu(Screened):
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: If they could not be compiled here; `compiled.library().reason` says why.
+    """
+
+    def __init__(self) -> None:
+        found = library()
+        if found.functions is None:
+            raise RuntimeError(f"there are no compiled kernels here: {found.reason}")
+        self._call = found.functions
+        self._rough = torch.empty(0, 0, dtype=torch.bfloat16)
+
+    def table(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        k: int,
+    ) -> TopkTable:
+        """Select from float32 products without sorting more than a few numbers a row."""
+        return topk_table(x, W_enc, b_enc, k, self._largest)
+
+    def screen(
+        self, W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, "d_sae"], coarser: int
+    ) -> Screen:
+        """Round an encoder in one pass."""
+        W = W_enc.T.contiguous()
+        if self._rough.shape != W.shape:  # kept, because fresh memory costs as much as filling it
+            self._rough = torch.empty_like(W, dtype=torch.bfloat16)
+        squared, lost = W.new_empty(len(W)), W.new_empty(len(W))
+        _call(self._call.rounded, W, *W.shape, self._rough, squared, lost)
+        return _CompiledScreen(
+            W,
+            b_enc,
+            self._rough,
+            b_enc.bfloat16(),
+            float(squared.max().sqrt()),
+            float(lost.max().sqrt()),
+            coarser,
+            self.table,
+        )
+
+    def errors(
+        self,
+        code: SparseCode,
+        x: Float[Tensor, "rows d_in"],
+        W_dec: Float[Tensor, "latents d_in"],
+        b_dec: Float[Tensor, "d_in"],
+    ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "nnz"]]:
+        """Decode, subtract and multiply row by row."""
+        if not _plain(x, W_dec, b_dec, code.values):
+            return super().errors(code, x, W_dec, b_dec)
+        error, dots = torch.empty_like(x), torch.empty_like(code.values)
+        _call(
+            self._call.reconstruct,
+            code.values, code.indices, code.offsets, W_dec, b_dec, x, *x.shape, error, dots,
+        )  # fmt: skip
+        return error, dots
+
+    def latent_gradients(
+        self,
+        code: SparseCode,
+        by_value: Float[Tensor, "nnz"],
+        x: Float[Tensor, "rows d_in"],
+        error: Float[Tensor, "rows d_in"],
+        scale: float,
+        d_sae: int,
+        unit: Float[Tensor, "d_sae d_in"] | None = None,
+        into: LatentGradients | None = None,
+    ) -> LatentGradients:
+        """Sum latent by latent, both gradients at once."""
+        if not _plain(x, error, code.values, by_value, *([] if unit is None else [unit])):
+            return super().latent_gradients(code, by_value, x, error, scale, d_sae, unit)
+        found = into or LatentGradients.empty(d_sae, x)
+        starts = code.indices.new_empty(d_sae + 1)
+        order = torch.empty_like(code.indices)
+        _call(self._call.by_latent, code.indices, len(order), d_sae, starts, order)
+        _call(
+            self._call.latent_gradients,
+            code.values, by_value, code.row_of, starts, order, x, error, d_sae, x.shape[1],
+            float(scale), x if unit is None else unit, int(unit is not None),
+            found.W_enc, found.W_dec, found.b_enc, found.squared,
+        )  # fmt: skip
+        return found
+
+    def adamw(
+        self,
+        weights: Float[Tensor, "*shape"],
+        mean: Float[Tensor, "*shape"],
+        power: Float[Tensor, "*shape"],
+        gradient: Float[Tensor, "*shape"],
+        step: AdamStep,
+        *,
+        unit: bool = False,
+    ) -> None:
+        """Read and write everything once."""
+        if not _plain(weights, mean, power, gradient):
+            super().adamw(weights, mean, power, gradient, step, unit=unit)
+            return
+        rows, width = weights.shape if weights.ndim == 2 else (1, weights.numel())
+        numbers = (
+            step.factor, step.rate, step.beta1, step.beta2, step.eps, step.weight_decay,
+            1 - step.beta1**step.number, 1 - step.beta2**step.number,
+        )  # fmt: skip
+        _call(
+            self._call.adamw, weights, mean, power, gradient, rows, width, *map(float, numbers),
+            int(unit),
+        )  # fmt: skip
+
+    def _largest(
+        self, pre: Float[Tensor, "rows d_sae"], k: int
+    ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+        rows, d_sae = pre.shape
+        coarser = joined_groups(d_sae, k)
+        if not (coarser and k and _plain(pre)):
+            return largest(pre, k)
+        values, latents = pre.new_empty(rows, k), torch.empty(rows, k, dtype=torch.long)
+        strange = torch.empty(rows, dtype=torch.uint8)
+        _call(self._call.topk, pre, rows, d_sae, MEMBERS, coarser, k, values, latents, strange)
+        if strange.any():
+            where = strange.bool()
+            values[where], latents[where] = largest(pre[where], k)
+        return values, latents
+
+
+class _CompiledScreen(Screen):
+    """A screen whose candidates are found and computed anew row by row, in cache."""
+
+    def topk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        k: int,
+        buffer: Float[Tensor, "most_rows d_sae"],
+    ) -> TopkTable:
+        """Return the k largest of each row, descending, of equal ones the lower latent first."""
+        call = library().functions
+        assert call is not None, "a compiled screen is made by compiled kernels"
+        rough_x, pre = x.bfloat16(), buffer[: len(x)]
+        torch.addmm(self.rough_bias, rough_x, self.rough.T, out=pre)
+        (rows, d_in), d_sae, most = x.shape, len(self.b), CROWDED * k
+        candidates = torch.empty(rows, most, dtype=torch.int32)
+        counts = torch.empty(rows, dtype=torch.int32)
+        _call(
+            call.screen,
+            pre, self.bound(x, rough_x), rows, d_sae, MEMBERS, self.coarser, k, most, ROUNDING,
+            candidates, counts,
+        )  # fmt: skip
+        values, latents = x.new_empty(rows, k), torch.empty(rows, k, dtype=torch.long)
+        _call(
+            call.rescore,
+            x, self.W, self.b, candidates, counts, rows, d_in, d_sae, most, k, values, latents,
+        )  # fmt: skip
+        unsure = (counts == NOT_DECIDED).nonzero().squeeze(1)
+        if len(unsure):
+            values[unsure], latents[unsure] = self.table(x[unsure], self.W.T, self.b, k)
+        return values, latents
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Return whether these are what the C functions read: contiguous float32 on the CPU."""
+    return all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
+
+
+def _call(function: Callable[..., Any], *arguments: Tensor | int | float) -> None:
+    """Call a C function: tensors by address, integers as int64, numbers as float."""
+    function(*map(_as_c, arguments))
+
+
+def _as_c(given: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(given, Tensor):
+        return ctypes.c_void_p(given.data_ptr())
+    return ctypes.c_int64(given) if isinstance(given, int) else ctypes.c_float(given)
