@@ -97,3 +97,35 @@ def test_categories_of_a_file_of_ones_own(show, tmp_path):
     record = json.loads(done.stdout)
     assert record["categories"] == ["東京", "(no category)"]
     assert record["counts"] == [[3, 1]]
+
+
+def test_images_are_counted_with_their_sizes_and_what_is_wrong_with_them(show, tmp_path):
+    for i, size in enumerate([(10, 40), (30, 20), (50, 60)]):
+        Image.new("RGB", size, (i, 0, 0)).save(tmp_path / f"{i}.png")
+    frames = [Image.new("L", (70, 80), level) for level in (0, 255)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "empty.png").touch()
+    names = ["0.png", "1.png", "2.png", "2.png", "moving.gif", "empty.png", "none.png", "none.png"]
+    rows = [{"prompt": "p", "image": name} for name in names] + [{"prompt": "p", "image": None}]
+    as_jsonl(tmp_path / "a.jsonl", rows)
+    words = (f"data.path={tmp_path}/a.jsonl", "data.prompt=prompt", "data.image=image")
+    lines = show(*words).stdout.splitlines()
+    assert "images: 8 of 9 examples have one, in 6 files; 3 (37.50%) cannot be read" in lines
+    assert f"- there is no such file: 2; first {tmp_path}/none.png" in lines
+    assert f"- is empty: 1; first {tmp_path}/empty.png (0 bytes)" in lines
+    assert "kind by content: PNG 3, GIF 1; 1 animated, of which the first frame is read" in lines
+    assert "width in pixels: min 10, median 40, max 70" in lines
+    assert "height in pixels: min 20, median 50, max 80" in lines
+    record = json.loads(show(*words, "--json").stdout)["images"]
+    assert record["bad"] == {"there is no such file": 2, "is empty": 1}
+    assert (record["with_image"], record["files"], record["animated"]) == (8, 6, 1)
+    assert record["size"]["width"] == {"min": 10, "median": 40.0, "max": 70}
+    assert "images" not in json.loads(show(*words[:2], "--json").stdout)
+
+
+def test_a_dataset_whose_images_are_all_missing_is_shown_too(show, tmp_path):
+    as_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "image": "none.png"}])
+    done = show(f"data.path={tmp_path}/a.jsonl", "data.prompt=prompt", "data.image=image")
+    assert done.exit_code == 0, done.output
+    assert "1 (100.00%) cannot be read" in done.stdout
+    assert "pixels" not in done.stdout

@@ -48,7 +48,7 @@ def show(
     debug: Debug = False,
     as_json: Json = False,
 ) -> None:
-    """Show a dataset: examples by source and category, shares, lengths; pictures with --out.
+    """Show a dataset: sources, categories, shares, lengths, images; pictures with --out.
 
     Example: saefty data show data.name=galtea data.path=galtea.csv --out pictures
     """
@@ -57,6 +57,7 @@ def show(
         from saefty import fsio
         from saefty.config import load_config
         from saefty.data.base import load_examples
+        from saefty.data.image_overview import ImageOverview
         from saefty.data.lengths import UNITS, lengths
         from saefty.data.overview import DataConfig, Overview
         from saefty.errors import ConfigError
@@ -70,7 +71,10 @@ def show(
         found = Overview.of(examples, lengths(examples, counted, counter), counted)
         files = [Path(path).name for path in (section.path, *(section.files or ())) if path]
         name = " ".join([section.name, *files])
+        images = ImageOverview.of(examples)
         record = {"dataset": name, **found.as_record()}
+        if images is not None:
+            record["images"] = images.as_record()
         if out is not None:
             pictures = _draw(found, name, out)
             fsio.commit_json(out / OVERVIEW, record)
@@ -79,6 +83,8 @@ def show(
             typer.echo(json.dumps(record, ensure_ascii=False))
             return
         typer.echo(f"{name}: {found.text()}")
+        if images is not None:
+            typer.echo(f"\n{images.text()}")
         for path in record.get("files", ()):
             typer.echo(path)
 

@@ -152,3 +152,14 @@ def test_a_missing_path_or_dataset_is_named():
 def test_every_dataset_is_a_function_with_a_docstring():
     for name in DATASETS:
         assert DATASETS[name].__doc__
+
+
+def test_a_span_may_be_a_list_or_json_in_a_text_and_may_be_missing(load):
+    rows = [{"text": "a", "at": [1, 4]}, {"text": "a", "at": "[2, 3]"}, {"text": "a", "at": None}]
+    assert [one.span for one in load(rows, text="text", span="at")] == [(1, 4), (2, 3), None]
+
+
+@pytest.mark.parametrize("bad", [[3, 3], [-1, 2], [1], [1.5, 3], "3-8", 7, {"start": 1, "end": 2}])
+def test_a_span_of_another_form_names_the_row_and_what_is_wanted(load, bad):
+    with pytest.raises(InputError, match=r"row 0 .*data.span needs \[start, end\)"):
+        load([{"text": "a", "at": bad}], text="text", span="at")

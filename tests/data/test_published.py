@@ -101,7 +101,9 @@ def test_a_limit_counts_examples(tmp_path):
     assert len(read("hh_rlhf", tmp_path / "a.jsonl", limit=3)) == 3
 
 
-PUBLISHED = ("advbench", "galtea", "hh_rlhf", "jailbreak", "openwebtext", "sharegpt")
+PUBLISHED = (
+    "advbench", "galtea", "hh_rlhf", "jailbreak", "meme_safety_bench", "openwebtext", "sharegpt",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,13 +9,14 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from saefty.config import Config
+from saefty.data.image_cells import rows_with_paths
 from saefty.data.labels import check_labels, is_missing, label_of, word_of
 from saefty.errors import ConfigError, InputError
 from saefty.records import Example, Message
@@ -27,6 +28,7 @@ Record = Mapping[str, Any]
 GUESSED_COLUMNS = {"messages": "messages", "prompt": "prompt", "text": "text"}
 ROLES = (
     "text", "prompt", "response", "messages", "image", "label", "group", "category", "id", "source",
+    "span",
 )  # fmt: skip
 """What a column can be: keys of `data.` that name columns, and keys of a `Row`."""
 
@@ -76,7 +78,8 @@ class SourceSection(Config):
     """Column of whole conversations: a list of {role, content}."""
 
     image: str | None = None
-    """Column of image paths."""
+    """Column of images: paths, relative to the data file's folder, or (in Parquet and on the hub)
+    the images themselves."""
 
     label: str | None = None
     """Column of labels: true, 1 or `harmful` against false, 0 or `harmless`, unless `data.harmful`
@@ -94,6 +97,9 @@ class SourceSection(Config):
 
     source: str | None = None
     """Column that says where an example comes from; None uses the dataset's name."""
+
+    span: str | None = None
+    """Column of token positions [start, end) for `pooling.name=span_mean`, BOS counted as 0."""
 
     harmful: tuple[str, ...] | None = None
     """Values of the label column that mean harmful; all other values mean harmless. Without
@@ -172,10 +178,14 @@ def load_examples(section: DataSection) -> list[Example]:
     for part in _files(section):
         begin = len(records)
         left = None if section.limit is None else section.limit - begin
-        records += islice(DATASETS[section.name](part), left)
-        if len(records) == begin:
+        rows = islice(DATASETS[section.name](part), left)
+        first = next(rows, None)
+        if first is None:
             continue
-        of_part = _columns(section, records[begin], part.path or section.name)
+        of_part = _columns(section, first, part.path or section.name)
+        image = of_part.get("image", "image" if isinstance(first, Row) else None)
+        kept = set(of_part.values())
+        records += rows_with_paths(chain([first], rows), image, kept, part.path, section.name)
         columns += [of_part] * (len(records) - begin)
         named = Path(part.path).name if part.path else section.name
         sources += [named] * (len(records) - begin)
@@ -321,6 +331,24 @@ def _example(
         source=text("source") or source,
         raw="text" in columns,
         category=text("category"),
+        span=_span(cells.value("span"), where),
+    )
+
+
+def _span(value: Any, where: str) -> tuple[int, int] | None:
+    """Return token positions [start, end): two numbers, or their spelling as JSON in a CSV."""
+    if value is None:
+        return None
+    try:
+        start, end = json.loads(value) if isinstance(value, str) else value
+        if int(start) == start and int(end) == end and 0 <= start < end:
+            return int(start), int(end)
+    except (TypeError, ValueError):
+        pass
+    raise InputError(
+        f"{where}: data.span needs [start, end) with 0 <= start < end, but found {value!r:.80}.",
+        then="Give the positions of the first token and of the one behind the last, BOS counted "
+        "as 0; an empty cell leaves the example without a span.",
     )
 
 

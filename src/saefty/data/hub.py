@@ -3,7 +3,7 @@
 `data.subset` names a folder of the dataset, or a file, whose rows are then the split `train`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from saefty.data.base import DATASETS, DataSection, Record
@@ -27,7 +27,7 @@ def hub(section: DataSection) -> Iterator[Record]:
         rows = datasets.load_dataset(
             section.path, split=section.split, revision=section.revision, streaming=True, **where
         )
-        for row in rows:
+        for row in _undecoded(rows):
             yield dict(row)
     except (HfHubHTTPError, ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
         is_script = SCRIPTS in str(error)
@@ -40,3 +40,15 @@ def hub(section: DataSection) -> Iterator[Record]:
             if is_script
             else "Check data.path and data.split, the network, and HF_TOKEN for a gated dataset.",
         ) from error
+
+
+def _undecoded(rows: Iterable[Record]) -> Iterable[Record]:
+    """Leave images as the bytes they are, so that one that is damaged stops nothing."""
+    import datasets
+
+    features = getattr(rows, "features", None) or {}
+    inner = [getattr(feature, "feature", feature) for feature in features.values()]
+    if any(isinstance(feature, datasets.Image) for feature in inner):
+        undecoded: Iterable[Record] = rows.decode(False)  # type: ignore[attr-defined]
+        return undecoded
+    return rows

@@ -12,12 +12,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from saefty.data.base import DATASETS, GUESSED_COLUMNS, DataSection, Record
 from saefty.errors import ConfigError, InputError
 from saefty.textfile import PACKED, decode_text, read_text_lines, reading
 
 MAX_CELL = 1 << 30
+PARQUET_ROWS, PARQUET_BYTES = 1 << 16, 1 << 24
+"""Most rows of a Parquet file that are held at once, and about how many bytes."""
 LINES = (".lines", ".txt")
 ENDS_OF_TEXT = (".", "!", "?", "。", "！", "？", "…")
 
@@ -130,10 +133,17 @@ def _parquet(path: Path, _: DataSection) -> Iterator[Record]:
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Return how many rows to hold at once: few where a row holds an image."""
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    per_row = sum(sizes) // max(metadata.num_rows, 1)
+    return max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(per_row, 1)))
 
 
 def _parsed(text: str, where: str) -> object:

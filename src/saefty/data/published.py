@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from saefty.data.base import DATASETS, DataSection, Record
+from saefty.data.base import DATASETS, DataSection, Record, SourceSection
 from saefty.errors import ConfigError, InputError
 
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".lines", ".gz")
@@ -26,6 +26,7 @@ class Published:
         columns: The columns that are needed; others may be there.
         subset: The file or folder of the repository that is read unless `data.subset` says which.
         revision: The revision that is read unless `data.revision` says which.
+        split: Its only split, where that is not called `train`.
         spellings: Columns of other copies of it, and what they are called here.
     """
 
@@ -34,6 +35,7 @@ class Published:
     columns: tuple[str, ...]
     subset: str | None = None
     revision: str | None = None
+    split: str | None = None
     spellings: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, section: DataSection) -> Iterator[tuple[str, Record]]:
@@ -73,11 +75,13 @@ class Published:
         if path is not None and (path.endswith(FILES) or not _may_be_repository(path)):
             return section.model_copy(update={"name": "local"})
         own = path in (None, self.repo)
+        usual = section.split == SourceSection.model_fields["split"].default
         changes = {
             "name": "hub",
             "path": path or self.repo,
             "subset": section.subset or self.subset,
             "revision": section.revision or (self.revision if own else None),
+            "split": self.split if self.split and usual else section.split,
         }
         return section.model_copy(update=changes)
 
