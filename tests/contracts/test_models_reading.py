@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny_models
+import tiny_vlms
 from family_truth import BETWEEN, EXAMPLES, FINAL_NORMS, LAYERS, NAMES, by_hand, n_hooks, parts_of
 from saefty.errors import MismatchError
 from saefty.models.selfcheck import LISTED_FAMILIES
@@ -135,4 +136,4 @@ def test_parallel_families_refuse_what_lies_between_and_say_what_there_is(model,
 
 
 def test_every_listed_family_is_tested_here():
-    assert {*tiny_models.CAUSAL_FAMILIES, "bert"} == LISTED_FAMILIES
+    assert {*tiny_models.CAUSAL_FAMILIES, *tiny_vlms.FAMILIES, "bert"} == LISTED_FAMILIES

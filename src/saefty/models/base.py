@@ -11,6 +11,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,11 +39,13 @@ class TokenizedExample:
     ids: Int[np.ndarray, "tokens"]
     offsets: Int[np.ndarray, "tokens 2"]
     """Characters [start, end) of `text` for each token. Tokens that are bytes of one character
-    share its span; a token that is not in the text has an empty one."""
+    share its span, those of an image the span of its marker; a token that is not in the text has an
+    empty one."""
     roles: Int[np.ndarray, "tokens"]
     """Index into `saefty.records.ROLES`. What the template adds around contents is `special`."""
     special: Bool[np.ndarray, "tokens"]
-    """True for special tokens, by id (BOS, end of turn, ...); words of the template are not."""
+    """True for special tokens, by id (BOS, end of turn, ...), and for all that stands for an image;
+    words of the template are not."""
     response_start: int | None
     """Index of the response's first token; None without a response."""
     straddles: bool
@@ -151,8 +154,10 @@ class ModelAdapter(abc.ABC):
         dtype: Number format of the activations.
         device: Where the inputs go.
         provenance: Commit or digests of the weights, versions, attention: for `metadata.json`.
+        reads_images: Whether an example's image is read with its text.
     """
 
+    reads_images: bool = False
     info: ModelInfo
     tokenizer: Any
     dtype: torch.dtype
@@ -267,7 +272,7 @@ class ModelAdapter(abc.ABC):
     @abc.abstractmethod
     def generate(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example | str],
         *,
         max_new_tokens: int,
         seed: int = 0,
@@ -278,7 +283,7 @@ class ModelAdapter(abc.ABC):
         """Return the model's reply to each example, in order; responses given are ignored.
 
         Args:
-            examples: What to reply to.
+            examples: What to reply to; a text is a prompt, whose id is its place.
             max_new_tokens: Longest reply; a reply ends earlier at an end-of-text token.
             seed: With `temperature` > 0, each example draws from a stream of its own, named by
                 this and its id: its reply does not depend on the examples beside it.
@@ -295,7 +300,7 @@ class ModelAdapter(abc.ABC):
 MODEL_FAMILIES: Registry[type[ModelAdapter]] = Registry("model family", "saefty.models")
 
 
-def load_model(name: str, **fields: Any) -> ModelAdapter:
+def load_model(name: str | Path, **fields: Any) -> ModelAdapter:
     """Load a model and its tokenizer from a folder or the hub.
 
     Args:
@@ -304,11 +309,12 @@ def load_model(name: str, **fields: Any) -> ModelAdapter:
 
     Raises:
         InputError: If there is no such checkpoint, or it lacks a tokenizer or weights.
-        MismatchError: If it is neither a causal language model nor a BERT encoder.
+        MismatchError: If it is no causal language model, vision-language model or BERT encoder.
 
     Example:
         >>> model = load_model("google/gemma-2-2b-it", dtype="bfloat16")  # doctest: +SKIP
     """
+    name = str(name) if isinstance(name, Path) else name
     section = build_config(ModelSection, {"name": name, **fields})
     family, info = _find(section.name, section.revision)
     return family.load(section, info)
@@ -319,7 +325,7 @@ def inspect_model(name: str, revision: str | None = None) -> ModelInfo:
 
     Raises:
         InputError: If there is no such checkpoint, or a folder has no tokenizer.
-        MismatchError: If it is neither a causal language model nor a BERT encoder.
+        MismatchError: If it is no causal language model, vision-language model or BERT encoder.
     """
     return _find(name, revision)[1]
 
@@ -335,7 +341,7 @@ def _find(name: str, revision: str | None) -> tuple[type[ModelAdapter], ModelInf
             return family, info
     raise MismatchError(
         f"{info.name} holds a {info.architecture} (model type {info.family}), which is not a "
-        "causal language model or a BERT encoder.",
+        "causal language model, a vision-language model or a BERT encoder.",
         then="Set model.name to a checkpoint saved with its language-model head (…ForCausalLM), or "
-        "to a BERT.",
+        "to a BERT; those that read images end in …ForConditionalGeneration.",
     )

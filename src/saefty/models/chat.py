@@ -83,7 +83,7 @@ class ChatRenderer:
             InputError: If the chat template refuses the conversation, or there is none for it.
         """
         turns = conversation(example)
-        if not example.raw and self.tokenizer.chat_template:
+        if self._templated(example):
             return self._render_chat(example, turns)
         if len(turns) > 2 or turns[0].role != "user" or turns[-1].role not in {"user", "assistant"}:
             raise InputError(
@@ -92,15 +92,30 @@ class ChatRenderer:
                 f"no chat template{' in use (raw)' if example.raw else ''}.",
                 then="Use a chat model, or give prompt and response instead of messages.",
             )
+        return self._render_plain(example, turns)
+
+    def _templated(self, example: Example) -> bool:
+        return not example.raw and bool(self.tokenizer.chat_template)
+
+    def _render_plain(self, example: Example, turns: tuple[Message, ...]) -> Rendered:
         parts, text = [], ""
         for turn, role in zip(turns, ("user", "response"), strict=False):
             parts.append((len(text), len(text) + len(turn.content), role))
             text += turn.content
         return Rendered(text, tuple(parts), templated=False)
 
+    def _image_turn(self, example: Example, turns: tuple[Message, ...]) -> int | None:
+        """Return the turn before whose text the template writes an image; None if none does."""
+        return None
+
+    def _content(self, turn: Message, with_image: bool) -> Any:
+        """Return a turn's content as the template takes it."""
+        return turn.content
+
     def _render_chat(self, example: Example, turns: tuple[Message, ...]) -> Rendered:
-        text = self._apply(turns, example.id)
-        scaffold = self._scaffold(tuple(turn.role for turn in turns))
+        image = self._image_turn(example, turns)
+        text = self._apply(turns, example.id, image)
+        scaffold = self._scaffold(tuple(turn.role for turn in turns), image)
         order = scaffold.order if scaffold else range(len(turns))
         contents = [turns[i].content for i in order]
         roles = [_role_of(turns[i], last=i == len(turns) - 1) for i in order]
@@ -116,7 +131,7 @@ class ChatRenderer:
         parts = tuple((start, end, role) for (start, end), role in zip(found, roles, strict=True))
         return Rendered(text, parts, templated=True)
 
-    def _apply(self, turns: Sequence[Message], example_id: str) -> str:
+    def _apply(self, turns: Sequence[Message], example_id: str, image: int | None) -> str:
         template = self.tokenizer.chat_template
         if isinstance(template, str) and "strftime_now" in template:
             template = _FIXED_DATE + template
@@ -124,7 +139,10 @@ class ChatRenderer:
             template = None  # the tokenizer's own, chosen by transformers where there are several
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in turns],
+                [
+                    {"role": turn.role, "content": self._content(turn, i == image)}
+                    for i, turn in enumerate(turns)
+                ],
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=turns[-1].role != "assistant",
@@ -136,11 +154,11 @@ class ChatRenderer:
                 then="Change the conversation's turns, or pass the finished text as raw.",
             ) from error
 
-    def _render_marks(self, roles: tuple[str, ...]) -> _Scaffold | None:
+    def _render_marks(self, roles: tuple[str, ...], image: int | None) -> _Scaffold | None:
         """Return what the template puts around contents of these roles; None if it drops one."""
         marks = [_MARK.format(i) for i in range(len(roles))]
         turns = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
-        rest, pieces = self._apply(turns, "with marks for contents"), []
+        rest, pieces = self._apply(turns, "with marks for contents", image), []
         if any(mark not in rest for mark in marks):
             return None
         order = sorted(range(len(roles)), key=lambda i: rest.index(marks[i]))

@@ -331,7 +331,8 @@ def describe(section: ModelSection, info: ModelInfo, model: Any) -> dict[str, An
     spread over devices says where each part lies.
     """
     folder = local_folder(section.name)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]) if folder else []
+    kinds = ("*.safetensors", "*.json", "*.jinja")
+    files = sorted(path for kind in kinds for path in folder.glob(kind)) if folder else []
     spread = {name: str(where) for name, where in getattr(model, "hf_device_map", {}).items()}
     return {
         "name": section.name,

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from saefty.errors import InputError, MismatchError
+from saefty.errors import MismatchError
 from saefty.models.base import MODEL_FAMILIES, Intervention, Positions, TokenBatch
 from saefty.models.batching import whole_pass
 from saefty.models.chat import with_response
@@ -34,9 +34,9 @@ from saefty.models.checkpoint import (
     load_weights,
 )
 from saefty.models.hooks import capturing, place_of
-from saefty.models.replies import check_logits, choose, joined, stream
+from saefty.models.replies import check_logits, check_prompts, choose, joined, stream
 from saefty.models.transformer import TransformerModel
-from saefty.records import PARTS, Example, Site
+from saefty.records import PARTS, Example, Site, as_examples
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Decoder(TransformerModel):
         # What every forward pass calls: OPT's goes past its base model to the decoder within.
         self._stack = next(m for m in model.modules() if self.blocks in set(m.children()))
         self._special_ids = torch.as_tensor(self.text.special_ids, device=self.device)
+        self._barred: list[int] = []  # tokens that no reply may hold
         self._takes = set(inspect.signature(model.forward).parameters)
         self._ours = False  # whether a forward pass was started here and told its positions
         # What a pass without a cache that was not started here read, and how much of it was given.
@@ -90,9 +91,18 @@ class Decoder(TransformerModel):
         return cls(model, tokenizer, info, describe(section, info, model))
 
     def _read(self, batch: TokenBatch) -> Any:
-        return self._forward(
-            batch.ids, batch.mask, whole_pass(batch), use_cache=False, **batch.inputs
-        )
+        positions = whole_pass(batch)
+        beside = self._beside(batch, positions)
+        return self._forward(batch.ids, batch.mask, positions, use_cache=False, **beside)
+
+    def _beside(self, batch: TokenBatch, positions: Positions) -> dict[str, Any]:
+        """Return what a forward pass takes beside tokens, by the model's argument names.
+
+        Args:
+            batch: What was given to read.
+            positions: The tokens of this pass: those, or what a reply adds to them.
+        """
+        return dict(batch.inputs) if positions.is_prefill else {}
 
     def logits(self, batch: TokenBatch) -> Float[Tensor, "batch seq vocab"]:
         """Return the next-token logits at every position, in the model's dtype."""
@@ -131,7 +141,7 @@ class Decoder(TransformerModel):
 
     def generate(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example | str],
         *,
         max_new_tokens: int,
         seed: int = 0,
@@ -142,17 +152,11 @@ class Decoder(TransformerModel):
         """Return the model's reply to each example; see `ModelAdapter.generate`.
 
         Raises:
-            InputError: If a prompt is empty or longer than the context.
+            InputError: If a prompt is empty, longer than the context or has no readable image.
             NumericError: If the logits of a row hold NaN or infinity; it names the step.
         """
-        items = self.tokenize([with_response(example, None) for example in examples])
-        for item in items:
-            if item.status != "ok":
-                raise InputError(
-                    f"example {item.example.id} cannot be replied to: its prompt is {item.status} "
-                    f"({len(item.ids)} tokens; {self.name} takes 1 to {self.max_length}).",
-                    then="Leave it out or shorten it.",
-                )
+        items = self.tokenize([with_response(example, None) for example in as_examples(examples)])
+        check_prompts(items, self.info)
         order = sorted(range(len(items)), key=lambda i: (-len(items[i].ids), i))
         replies = [""] * len(items)
         for start in range(0, len(order), batch_size):
@@ -187,7 +191,13 @@ class Decoder(TransformerModel):
         positions = replace(whole_pass(batch), rows=rows)
         while any(alive):
             output = self._forward(
-                ids, mask, positions, use_cache=use_cache, past_key_values=cache, logits_to_keep=1
+                ids,
+                mask,
+                positions,
+                use_cache=use_cache,
+                past_key_values=cache,
+                logits_to_keep=1,
+                **self._beside(batch, positions),
             )
             cache = getattr(output, "past_key_values", None) if use_cache else None
             if use_cache and cache is None:
@@ -198,6 +208,7 @@ class Decoder(TransformerModel):
                     "model.name to a family of docs/families.md.",
                 )
             logits = output.logits[:, -1].float()
+            logits[:, self._barred] = -torch.inf
             step = max(map(len, replies)) + 1
             check_logits(logits, alive, batch.items, rows, step, self._edits)
             tokens = choose(logits, temperature, streams)
@@ -236,7 +247,7 @@ class Decoder(TransformerModel):
         positions: Positions,
         **options: Any,
     ) -> Any:
-        options["position_ids"] = positions.index
+        options.setdefault("position_ids", positions.index)
         self._positions, self._ours = positions, True
         try:
             return self.model(

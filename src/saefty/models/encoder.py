@@ -85,7 +85,7 @@ class Encoder(TransformerModel):
 
     def generate(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example | str],
         *,
         max_new_tokens: int,
         seed: int = 0,

@@ -25,7 +25,8 @@ from saefty.records import Site
 Edit = Callable[[Float[Tensor, "*tokens d_model"]], Float[Tensor, "*tokens d_model"]]
 
 OWN_FILE = "This family needs a file of its own in saefty/models."
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+VISION_NAMES = ("vision", "visual")
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "cross_attn")
 MLP_NAMES = ("mlp", "feed_forward", "moe", "block_sparse_moe")
 NORM_NAMES = (  # of the norm that the MLP reads
     "ln_2", "final_layer_norm", "pre_feedforward_layernorm", "feedforward_layernorm", "mlp_norm",
@@ -69,7 +70,11 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
         for name, module in lists.items()
         if len(module) == n_layers and not any(name.startswith(f"{outer}.") for outer in lists)
     }
-    text = {name: module for name, module in found.items() if "vision" not in name} or found
+    text = {
+        name: module
+        for name, module in found.items()
+        if not any(word in name for word in VISION_NAMES)
+    } or found
     if len(text) != 1:
         raise MismatchError(
             f"{type(model).__name__} should have one list of {n_layers} blocks, but "
@@ -135,6 +140,34 @@ def place_of(site: Site, block: nn.Module, config: Any) -> tuple[nn.Module, Lite
 
 
 @contextmanager
+def reading(
+    places: Sequence[tuple[Site, nn.Module, Literal["in", "out"]]],
+    see: Callable[[Site, Tensor], None],
+) -> Iterator[None]:
+    """Hand each site's activations to a function, as the module has them, whenever it is called.
+
+    The hooks run behind those of edits that were registered before, so that they read what the rest
+    of the model reads.
+    """
+    with ExitStack() as hooks:
+        for site, module, end in places:
+
+            def read_output(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
+                see(site, first_tensor(output))
+
+            def read_input(_: nn.Module, args: Any, kwargs: Any, site: Site = site) -> None:
+                see(site, hidden_input(args, kwargs))
+
+            if end == "out":
+                hooks.enter_context(_removing(module.register_forward_hook(read_output)))
+            else:
+                hooks.enter_context(
+                    _removing(module.register_forward_pre_hook(read_input, with_kwargs=True))
+                )
+        yield
+
+
+@contextmanager
 def capturing(
     places: Sequence[tuple[Site, nn.Module, Literal["in", "out"]]],
     shape: tuple[int, int, int],
@@ -144,46 +177,19 @@ def capturing(
     """Write each site's activations into a dict, and stop the forward pass once all are there.
 
     `shape` is [batch, seq, d_model], what each site must hold. Without `rows`, a tensor is kept as
-    the module has it ([batch * seq, d_model] in OPT's MLP). The hooks run behind those of edits
-    that were registered before, so that they read what the rest of the model reads.
+    the module has it ([batch * seq, d_model] in OPT's MLP).
 
     Raises:
         MismatchError: If a site holds something else, or the forward pass does not come there.
     """
-    batch, seq, d_model = shape
 
     def keep(site: Site, x: Tensor) -> None:
-        if x.shape not in {shape, (batch * seq, d_model)}:
-            raise MismatchError(
-                f"{site} holds a tensor of {list(x.shape)}, where [batch, seq, d_model] is "
-                f"{list(shape)}: the list that was found is not this model's residual stream.",
-                then=OWN_FILE,
-            )
-        x = x.detach()
-        if rows is not None:
-            kept = rows.to(x.device)
-            x = x[kept] if x.ndim > 2 else x[kept.flatten()]
-        into[site] = x
+        into[site] = kept_rows(site, x, shape, rows)
         if len(into) == len(places):
             raise Captured
 
-    with ExitStack() as hooks:
-        for site, module, end in places:
-
-            def read_output(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
-                keep(site, first_tensor(output))
-
-            def read_input(_: nn.Module, args: Any, kwargs: Any, site: Site = site) -> None:
-                keep(site, hidden_input(args, kwargs))
-
-            if end == "out":
-                hooks.enter_context(_removing(module.register_forward_hook(read_output)))
-            else:
-                hooks.enter_context(
-                    _removing(module.register_forward_pre_hook(read_input, with_kwargs=True))
-                )
-        with suppress(Captured):
-            yield
+    with reading(places, keep), suppress(Captured):
+        yield
     missed = [str(site) for site, _, _ in places if site not in into]
     if missed:
         raise MismatchError(
@@ -191,6 +197,31 @@ def capturing(
             "where this model computes.",
             then=OWN_FILE,
         )
+
+
+def kept_rows(
+    site: Site,
+    x: Float[Tensor, "*tokens d_model"],
+    shape: tuple[int, int, int],
+    rows: Bool[Tensor, "batch seq"] | None,
+) -> Float[Tensor, "*kept d_model"]:
+    """Return the activations of the wanted tokens; of all, as the module has them, without `rows`.
+
+    Raises:
+        MismatchError: If they are not those of [batch, seq, d_model].
+    """
+    batch, seq, d_model = shape
+    if x.shape not in {shape, (batch * seq, d_model)}:
+        raise MismatchError(
+            f"{site} holds a tensor of {list(x.shape)}, where [batch, seq, d_model] is "
+            f"{list(shape)}: the list that was found is not this model's residual stream.",
+            then=OWN_FILE,
+        )
+    x = x.detach()
+    if rows is None:
+        return x
+    kept = rows.to(x.device)
+    return x[kept] if x.ndim > 2 else x[kept.flatten()]
 
 
 def editing(site: Site, block: nn.Module, config: Any, edit: Edit) -> AbstractContextManager[None]:
@@ -208,7 +239,7 @@ def editing(site: Site, block: nn.Module, config: Any, edit: Edit) -> AbstractCo
 @contextmanager
 def _editing_output(module: nn.Module, edit: Edit) -> Iterator[None]:
     def replace(_: nn.Module, __: Any, output: Any) -> Any:
-        return _with_first(output, _applied(edit, first_tensor(output)))
+        return with_first(output, _applied(edit, first_tensor(output)))
 
     with _removing(module.register_forward_hook(replace)):
         yield
@@ -236,7 +267,7 @@ def _editing_between(block: nn.Module, reader: nn.Module, edit: Edit) -> Iterato
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         x = first_tensor(output)
-        return _with_first(output, x + change.pop().reshape(x.shape))
+        return with_first(output, x + change.pop().reshape(x.shape))
 
     with (
         _removing(reader.register_forward_pre_hook(replace, with_kwargs=True)),
@@ -292,7 +323,8 @@ def _applied(edit: Edit, x: Tensor) -> Tensor:
     return edited.to(device=x.device, dtype=x.dtype)
 
 
-def _with_first(output: Any, tensor: Tensor) -> Any:
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """Return a module's output with other activations in it."""
     return tensor if isinstance(output, Tensor) else (tensor, *output[1:])
 
 

@@ -8,9 +8,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefty.errors import NumericError
+from saefty.errors import InputError, NumericError
 from saefty.models.base import Intervention, Positions, TokenizedExample
+from saefty.models.checkpoint import ModelInfo
 from saefty.records import Site
+
+
+def check_prompts(items: Sequence[TokenizedExample], info: ModelInfo) -> None:
+    """Refuse prompts that cannot be replied to.
+
+    Raises:
+        InputError: If one is empty, longer than the context, or has an image that cannot be read.
+    """
+    bad = next((item for item in items if item.status != "ok"), None)
+    if bad is None:
+        return
+    why = bad.reason or f"{len(bad.ids)} tokens; {info.name} takes 1 to {info.max_length}"
+    raise InputError(
+        f"example {bad.example.id} cannot be replied to: its prompt is {bad.status} ({why}).",
+        then="Leave it out, or give it an image that can be read."
+        if bad.status == "bad_image"
+        else "Leave it out or shorten it.",
+    )
 
 
 def stream(seed: int, example_id: str) -> torch.Generator:

@@ -18,7 +18,9 @@ from saefty.records import Site
 
 LISTED_FAMILIES = frozenset({
     "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "qwen3_moe", "phi",
-    "phi3", "olmo2", "gpt2", "gpt_neox", "gptj", "opt", "bert",
+    "phi3", "olmo2", "gpt2", "gpt_neox", "gptj", "opt", "bert", "llava", "llava_next",
+    "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "idefics3",
+    "smolvlm", "mllama",
 })  # fmt: skip
 """transformers' model types that are tested: every one in `docs/families.md`."""
 

@@ -57,7 +57,18 @@ class TextEncoder:
             InputError: If the chat template refuses a conversation.
         """
         rendered = [self.render(example) for example in examples]
-        encoded: list[Any] = [None] * len(examples)
+        return [
+            self._assemble(example, text, *encoded, truncate)
+            for example, text, encoded in zip(
+                examples, rendered, self._encode(rendered), strict=True
+            )
+        ]
+
+    def _encode(
+        self, rendered: Sequence[Rendered]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the ids and the character offsets of each text."""
+        encoded: list[Any] = [None] * len(rendered)
         for templated in (True, False):
             chosen = [i for i, text in enumerate(rendered) if text.templated is templated]
             if chosen:
@@ -72,10 +83,7 @@ class TextEncoder:
                 )
                 for row, i in enumerate(chosen):
                     encoded[i] = (batch["input_ids"][row], batch["offset_mapping"][row])
-        return [
-            self._assemble(example, text, ids, offsets, truncate)
-            for example, text, (ids, offsets) in zip(examples, rendered, encoded, strict=True)
-        ]
+        return encoded
 
     def decode_reply(self, item: TokenizedExample, ids: Sequence[int]) -> str:
         """Return the text of tokens that were generated behind a prompt, special ones left out.
