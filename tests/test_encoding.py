@@ -9,6 +9,8 @@ import torch
 from saefty import fsio
 from saefty.encoding import check_saes, encode_rows, stored_pieces, write_features
 from saefty.errors import MismatchError
+from saefty.records import Site
+from saefty.sae_sets import SaeRecord
 from saefty.saes.base import SaeConfig
 from saefty.stores.base import EXAMPLES
 from stores import planted_store
@@ -117,6 +119,50 @@ def test_every_pair_of_an_sae_and_a_model_fits_or_is_refused_with_both_widths(d_
     with pytest.raises(MismatchError, match=words) as error:
         check_saes(zoo, d_model, "the model")
     assert "an SAE that was trained on this model" in error.value.then
+
+
+DELTA = {"method": "zero_attention", "scope": "per_layer"}
+OTHER = {"method": "knockout", "scope": "joint"}
+UNKNOWN = {"method": "unknown", "scope": "unknown"}
+
+
+def sae_of(contrast):
+    sae = SaeConfig("topk", 3, 8, 2).build()
+    sae.metadata = {} if contrast is None else {"contrast": contrast}
+    return sae
+
+
+def records_of(sae):
+    return {0: SaeRecord.of(sae, Site(0))}
+
+
+@pytest.mark.parametrize("form", [lambda sae: {0: sae}, records_of])
+@pytest.mark.parametrize(
+    ("trained", "read", "words"),
+    [
+        (DELTA, None, "was trained on contrasts .*zero_attention, per_layer.*m is plain"),
+        (None, DELTA, "was trained on plain activations.*m is contrasts .*zero_attention"),
+        (DELTA, OTHER, r"\(zero_attention, per_layer\), .*\(knockout, joint\)"),
+        (UNKNOWN, None, r"was trained on contrasts .*unknown"),
+    ],
+)
+def test_an_sae_of_contrasts_and_plain_activations_are_kept_apart(form, trained, read, words):
+    with pytest.raises(MismatchError, match=words) as error:
+        check_saes(form(sae_of(trained)), 3, "m", read)
+    assert "contrast.method=" in error.value.then
+
+
+@pytest.mark.parametrize(
+    ("trained", "read"), [(None, None), (DELTA, DELTA), (DELTA, UNKNOWN), (UNKNOWN, OTHER)]
+)
+def test_an_sae_reads_what_it_was_trained_on(trained, read):
+    check_saes({0: sae_of(trained)}, 3, "m", read)
+
+
+def test_features_of_a_contrast_say_so(tmp_path):
+    store = planted_store.make(tmp_path / "x", contrast=DELTA)
+    found = features(tmp_path / "f", store, {0: sae_of(DELTA)})
+    assert found.manifest["contrast"] == DELTA
 
 
 def test_rows_that_were_masked_on_the_way_are_counted_for_each_layer(tmp_path, saes):

@@ -35,6 +35,14 @@ def test_a_store_is_described_by_its_layers_shards_rows_and_size(tmp_path, store
     assert found["whole"] is None
 
 
+def test_a_store_of_contrasts_is_listed_with_their_method_and_scope(tmp_path, store):
+    contrast = {"method": "zero_attention", "scope": "per_layer"}
+    planted_store.make(tmp_path / "d", contrast=contrast)
+    of_contrasts, plain = list_stores(tmp_path)
+    assert of_contrasts["contrast"] == contrast
+    assert "contrast" not in plain
+
+
 def test_verifying_the_list_says_which_store_is_damaged(tmp_path, store):
     planted_store.make(tmp_path / "y")
     shard = tmp_path / "x" / "layer_2" / "shard_00001.safetensors"

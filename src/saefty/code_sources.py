@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from saefty.encoding import ENCODED_ROWS, check_saes, encode_rows
-from saefty.errors import InputError, MismatchError, NumericError
+from saefty.encoding import ENCODED_ROWS, check_against_store, encode_rows
+from saefty.errors import InputError, NumericError
 from saefty.feature_dump import UNTOUCHED, FeatureDump
 from saefty.sae_sets import SaeSet
 from saefty.saes.base import SparseAutoencoder
@@ -80,14 +80,7 @@ def of_activations(store: ActivationStore, saes: SaeSet) -> list[CodeSource]:
     Raises:
         MismatchError: If an SAE reads another place or width than the store holds.
     """
-    check_saes(saes.records, store.d_in, str(store.folder))
-    for key, record in saes.records.items():
-        held = store.site(record.site.layer)
-        if record.site != held:
-            raise MismatchError(
-                f"the SAE of layer {key} reads {record.site}, but {store.folder} holds {held}.",
-                then="Extract that hook point, or name an SAE that reads this one.",
-            )
+    check_against_store(saes.records, store)
 
     def source(key: Key) -> CodeSource:
         layer = saes.records[key].site.layer

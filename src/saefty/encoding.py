@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -22,11 +22,11 @@ from saefty.piecework import Record, count_masked
 from saefty.reading import ReadingSection
 from saefty.records import Site
 from saefty.releases import named_releases
-from saefty.sae_sets import SaeSet
+from saefty.sae_sets import SaeRecord, SaeSet
 from saefty.saes.base import SparseAutoencoder
-from saefty.stores.activations import ROW_COLUMNS, ActivationStore
+from saefty.stores.activations import ROW_COLUMNS, UNKNOWN, ActivationStore
 from saefty.stores.base import StoreWriter
-from saefty.stores.features import KIND, FeatureStore, Key, commit_features
+from saefty.stores.features import KIND, FeatureStore, Key, commit_features, layer_of
 from saefty.stores.index import build_index
 
 log = logging.getLogger(__name__)
@@ -38,17 +38,25 @@ ENCODED_ROWS = 4096
 """Rows encoded at once: enough for the matrix product, little enough for the memory."""
 
 
-@runtime_checkable
-class _Reads(Protocol):
-    @property
-    def d_in(self) -> int: ...
+Contrast = Mapping[str, str] | None
+"""Method and scope of a contrast h_on - h_off; None for plain activations."""
 
 
-def check_saes(saes: Mapping[Key, _Reads] | Mapping[int, _Reads], d_in: int, where: str) -> None:
-    """Refuse SAEs that read activations of another width.
+Saes = Mapping[Key, SaeRecord] | Mapping[Key, SparseAutoencoder] | Mapping[int, SparseAutoencoder]
+
+
+def check_saes(saes: Saes, d_in: int, where: str, contrast: Contrast = None) -> None:
+    """Refuse SAEs that read activations of another width, or another contrast of them.
+
+    Args:
+        saes: The SAEs.
+        d_in: Width of the activations.
+        where: The model or the store that they come from.
+        contrast: What the store or the reading holds, where that is a contrast.
 
     Raises:
-        MismatchError: If an SAE's d_in is not the width of the activations.
+        MismatchError: If an SAE's d_in is not the width of the activations, or it was trained on
+            plain activations and these are contrasts, or the reverse, or on other contrasts.
     """
     for layer, sae in saes.items():
         if sae.d_in != d_in:
@@ -58,6 +66,55 @@ def check_saes(saes: Mapping[Key, _Reads] | Mapping[int, _Reads], d_in: int, whe
                 then=f"Use an SAE that was trained on this model{named_releases(where)}, or "
                 "the model of this SAE.",
             )
+        trained = sae.contrast if isinstance(sae, SaeRecord) else sae.metadata.get("contrast")
+        if not _same_contrast(trained, contrast):
+            raise MismatchError(
+                f"the SAE of layer {layer} was trained on {in_words(trained)}, but what is read of "
+                f"{where} is {in_words(contrast)}.",
+                then=_how_to_read_alike(trained),
+            )
+
+
+def check_against_store(saes: Saes, store: ActivationStore) -> None:
+    """Refuse SAEs that read another place than a store holds, another width or another contrast.
+
+    Raises:
+        MismatchError: If one does.
+    """
+    check_saes(saes, store.d_in, str(store.folder), store.contrast)
+    for key, sae in saes.items():
+        held = store.site(layer_of(key))
+        if sae.site is not None and sae.site != held:
+            raise MismatchError(
+                f"the SAE of layer {key} reads {sae.site}, but the store holds {held}.",
+                then="Extract that hook point, or train an SAE on this store.",
+            )
+
+
+def in_words(contrast: Contrast) -> str:
+    """Return what rows are: plain activations, or which contrast."""
+    if contrast is None:
+        return "plain activations"
+    return f"contrasts h_on - h_off ({contrast['method']}, {contrast['scope']})"
+
+
+def _same_contrast(one: Contrast, other: Contrast) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(one[key] == other[key] or UNKNOWN in (one[key], other[key]) for key in one)
+
+
+def _how_to_read_alike(trained: Contrast) -> str:
+    if trained is None:
+        return (
+            "Use an SAE that was trained on a store of this contrast (saefty train), or plain "
+            "activations: contrast.method=none."
+        )
+    return (
+        "Use it on a store that was extracted with extract.contrast.method="
+        f"{trained['method']} extract.contrast.scope={trained['scope']} (eval.sae with eval.store, "
+        "encode.store), set encode.contrast likewise, or take an SAE of plain activations."
+    )
 
 
 def encode_rows(sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"]) -> dict[str, np.ndarray]:
@@ -242,6 +299,9 @@ def finish_features(
         facts["bos_token_id"] = bos_id
     if len(known) > len(saes.layers):
         facts["codes"] = list(known)
+    contrasts = [dict(one.contrast) for one in known.values() if one.contrast]
+    if contrasts:
+        facts["contrast"] = contrasts[0]  # all read the same rows
     published = {str(key): dict(one.published) for key, one in known.items() if one.published}
     if published:
         facts["published"] = published

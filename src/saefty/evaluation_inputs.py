@@ -12,30 +12,41 @@ import numpy as np
 
 from saefty.baselines import Labelled, names_to_codes
 from saefty.config import Config, build_config
-from saefty.encoding import stored_pieces, write_features
+from saefty.encoding import check_against_store, stored_pieces, write_features
 from saefty.errors import ConfigError, InputError
 from saefty.extraction import write_activations
 from saefty.models.base import ModelAdapter, ModelSection
+from saefty.models.contrast import ContrastSection
 from saefty.reading import ReadingSection, prepare
 from saefty.records import Site, example_from
 from saefty.runs import METADATA, Ledger, find_run, read_metadata
 from saefty.saes.base import SparseAutoencoder
 from saefty.stores.activations import ActivationStore
 from saefty.stores.base import EXAMPLES
-from saefty.stores.features import FeatureStore
+from saefty.stores.features import FeatureStore, Key, layer_of
 
 S = TypeVar("S", bound=Config)
+EMBEDDING = Site(0, "resid_pre")
 
 
 def encoded(
-    store: ActivationStore, saes: Mapping[int, SparseAutoencoder], folder: Path, fingerprint: str
+    store: ActivationStore,
+    saes: Mapping[Key, SparseAutoencoder] | Mapping[int, SparseAutoencoder],
+    folder: Path,
+    fingerprint: str,
 ) -> FeatureStore:
-    """Encode an activation store into a folder of the run; pieces that are there are kept."""
+    """Encode an activation store into a folder of the run; pieces that are there are kept.
+
+    Raises:
+        MismatchError: If an SAE reads another place, width or contrast than the store holds.
+    """
+    check_against_store(saes, store)
+    layers = sorted({layer_of(key) for key in saes})
     store.copy_examples(folder)
     return write_features(
         folder,
         fingerprint,
-        lambda done: stored_pieces(store, sorted(saes), done),
+        lambda done: stored_pieces(store, layers, done),
         saes,
         model_name=str(store.manifest.get("model_name", "")),
         extra=[EXAMPLES],
@@ -60,6 +71,8 @@ def read_again(
         folder: The store's folder.
         fingerprint: A checksum of everything the activations depend on.
     """
+    if set(sites) == {EMBEDDING}:  # before the first block there is nothing to switch off
+        section = section.model_copy(update={"contrast": ContrastSection()})
     examples = [example_from(record) for record in records]
     reading = prepare(model, examples, section, len(sites))
     return write_activations(folder, fingerprint, model, reading, sites, section)
@@ -145,7 +158,7 @@ def recorded_reading(folder: Path) -> ReadingSection:
                 then="Put that folder back, or encode again from the data or from another store.",
             )
         return recorded_reading(store)
-    decisive = ("tokens", "pooling", "truncate", "nonfinite")
+    decisive = ("tokens", "pooling", "contrast", "truncate", "max_bad_images", "nonfinite")
     kept = {key: section[key] for key in decisive if key in section}
     return build_config(ReadingSection, kept)
 

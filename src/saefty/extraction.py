@@ -1,4 +1,4 @@
-"""Activations into a store: the pieces of a reading, committed one by one."""
+"""Activations, or contrasts of them, into a store: the pieces of a reading, one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,20 +68,22 @@ def write_activations(
         The complete store.
     """
     writer = StoreWriter(folder, KIND, fingerprint)
-    work = _ExtractedPiece(PieceReader(model, sites, section), writer)
+    reader = PieceReader(model, sites, section)
+    work = _ExtractedPiece(reader, writer)
     elsewhere = Extraction(reload, tuple(sites), section, folder, fingerprint) if reload else None
-    ordered = do_pieces(writer, reading, work, elsewhere, engine, model.release)
-    pooled = section.pooling.name != "none"
+    ordered = do_pieces(writer, reading, work, elsewhere, engine, model.release, reader.check)
+    contrast = section.contrast
     facts = {
         "layers": [site.layer for site in sites],
         "sites": {str(site.layer): site.name for site in sites},
         "d_in": model.d_model,
-        "dtype": "float32" if pooled else str(model.dtype).removeprefix("torch."),
+        "dtype": "float32" if section.in_float32 else str(model.dtype).removeprefix("torch."),
         "pooling": section.pooling.name,
         "model_name": model.name,
         "n_rows": sum(record["rows"] for record in ordered),
         "masked": count_masked(ordered),
         "failed": reading.ledger.failed.total(),
+        **({} if contrast.method == "none" else {"contrast": contrast.model_dump()}),
     }
     writer.finish(ordered, facts, [EXAMPLES, PLAN])
     return ActivationStore(folder)

@@ -19,16 +19,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saefty.engine import Report
-from saefty.errors import InputError, NumericError, ResourceError, SaeftyError
-from saefty.models.base import ModelAdapter, TokenizedExample
+from saefty.errors import (
+    InputError,
+    MismatchError,
+    NumericError,
+    ResourceError,
+    SaeftyError,
+)
+from saefty.models.base import ModelAdapter, TokenBatch, TokenizedExample
+from saefty.models.contrast import capture_contrast, check_contrast
 from saefty.models.selfcheck import check_unlisted
-from saefty.reading import PoolingSection, ReadingSection, computed_part, kept_tokens
-from saefty.records import ROLES, Site
-from saefty.stores.activations import ROW_COLUMNS, RowTable
+from saefty.piece_rows import PieceRows, row_table
+from saefty.reading import Reading, ReadingSection, computed_part, kept_tokens
+from saefty.records import Site
+from saefty.stores.activations import RowTable
 
 log = logging.getLogger(__name__)
 
 SHOWN_IDS = 5
+CHECKED_EXAMPLES = 2  # of the first batch, in the check of a contrast
 Batch = tuple[int, ...]
 """Indices of the examples that share a forward pass."""
 
@@ -104,7 +113,8 @@ class PieceReader:
 
     def __init__(self, model: ModelAdapter, sites: Sequence[Site], section: ReadingSection) -> None:
         self._model, self._sites, self._section = model, sites, section
-        self._checked = False
+        self._contrast = section.contrast if section.contrast.method != "none" else None
+        self._checked, self._contrast_checked = False, False
 
     def read(self, task: PieceTask, report: Report) -> Piece:
         """Read one piece.
@@ -114,10 +124,10 @@ class PieceReader:
             ResourceError: If one example alone does not fit in memory.
             InputError: If more examples fail than may.
             MismatchError: If the model is of a family that is not listed and its blocks are
-                misread.
+                misread, or a contrast has no effect.
             SaeftyError: What the model raises on purpose.
         """
-        parts = _PieceRows(task, self._sites, self._section, self._model)
+        parts = PieceRows(task.items, self._sites, self._section, self._model)
         waiting = list(reversed(task.batches))
         as_read: list[Batch] = []
         failed = dict(task.failed)
@@ -135,6 +145,8 @@ class PieceReader:
             report.advance(sum(len(self._computed(task.items[i]).ids) for i in batch))
         report.begin(None)
         piece = self._assemble(task, parts)
+        if self._contrast is not None and not self._checked:
+            self._refuse_zeros(piece)
         if not self._checked and parts.tables and not piece.masked:
             first = [task.items[i] for i in as_read[0][:2]]
             check_unlisted(self._model, self._model.collate(first), self._sites)
@@ -143,6 +155,31 @@ class PieceReader:
         return replace(
             piece, failed=task.names(failed), batches=tuple(as_read) if changed else None
         )
+
+    def check(self, reading: Reading) -> None:
+        """Check a contrast on the first examples, before there is anything to keep.
+
+        What fails there for another reason is left to the reading, which says whose fault it is.
+
+        Raises:
+            SaeftyError: What `check_contrast` raises: the contrast has no effect, or does not
+                measure what it says.
+        """
+        first = reading.plan.pieces[0][0][:CHECKED_EXAMPLES]
+        items = reading.items(first)
+        try:
+            self._check_contrast([self._computed(items[i]) for i in first])
+        except SaeftyError:
+            raise
+        except Exception as error:  # noqa: BLE001 - reading the first batch meets it again
+            log.debug("the contrast could not be checked: %s", _first_line(error))
+
+    def _check_contrast(self, members: Sequence[TokenizedExample]) -> None:
+        if self._contrast is None or self._contrast_checked:
+            return
+        few = self._model.collate(members[:CHECKED_EXAMPLES], side="right")
+        check_contrast(self._model, few, self._sites, self._contrast)
+        self._contrast_checked = True
 
     def _after(
         self, error: Exception, batch: Batch, task: PieceTask, failed: dict[int, str]
@@ -181,9 +218,7 @@ class PieceReader:
         check_failed(task.names(failed), task.max_failed)
         return []
 
-    def _read(
-        self, batch: Batch, items: Mapping[int, TokenizedExample], parts: "_PieceRows"
-    ) -> None:
+    def _read(self, batch: Batch, items: Mapping[int, TokenizedExample], parts: PieceRows) -> None:
         """Put the row table and the activations of each example of a batch into their places."""
         pooling = self._section.pooling
         members = [self._computed(items[i]) for i in batch]
@@ -192,14 +227,48 @@ class PieceReader:
         rows = torch.zeros_like(tokens.mask)
         for place, chosen in enumerate(kept):
             rows[place, : len(chosen)] = torch.from_numpy(chosen).to(rows.device)
-        captured = self._model.capture(tokens, self._sites, rows=rows)
+        captured = self._captured(members, tokens, rows)
         counts = [int(chosen.sum()) for chosen in kept]
         split = {site: x.cpu().split(counts) for site, x in captured.items()}
         for place, i in enumerate(batch):
             x = {site: split[site][place] for site in self._sites}
             if pooling.name != "none":
                 x = {site: values.float().mean(0, keepdim=True) for site, values in x.items()}
-            parts.put(i, _row_table(i, members[place], kept[place], pooling), x)
+            parts.put(i, row_table(i, members[place], kept[place], pooling), x)
+
+    def _captured(
+        self,
+        members: Sequence[TokenizedExample],
+        batch: TokenBatch,
+        rows: Bool[Tensor, "batch seq"],
+    ) -> dict[Site, Tensor]:
+        """Return activations or, checked in the first batch, contrasts of chosen tokens."""
+        if self._contrast is None:
+            return self._model.capture(batch, self._sites, rows=rows)
+        self._check_contrast(members)
+        return capture_contrast(self._model, batch, self._sites, rows, self._contrast)
+
+    def _refuse_zeros(self, piece: Piece) -> None:
+        """Refuse a contrast of which nothing is left in the tokens that are kept.
+
+        The check of the first batch looks at all tokens; those before an image cannot see it, nor
+        those that are farther behind it than a layer's window reaches.
+
+        Raises:
+            MismatchError: If all rows of the first piece are 0 in a layer.
+        """
+        silent = [site for site, x in piece.activations.items() if len(x) and not x.any()]
+        if silent and self._contrast is not None:
+            name = self._section.SECTION
+            raise MismatchError(
+                f"the intervention had no effect at layer {silent[0].layer} ({silent[0]}, "
+                f"{self._contrast.method}): the contrast is 0 in all {len(piece.rows['example'])} "
+                "rows of the first piece.",
+                safe="Nothing was kept of them.",
+                then=f"Check which tokens are kept ({name}.pooling, {name}.tokens): what lies "
+                "before an image, or farther behind it than the layer's attention window, does not "
+                "see it there. text_only_mean averages all the text behind it.",
+            )
 
     def _computed(self, item: TokenizedExample) -> TokenizedExample:
         return computed_part(item, self._section, self._model)
@@ -207,7 +276,7 @@ class PieceReader:
     def _assemble(
         self,
         task: PieceTask,
-        parts: "_PieceRows",
+        parts: PieceRows,
     ) -> Piece:
         """Return a piece in dataset order; look for NaN and infinity."""
         rows, x, finite = parts.in_order()
@@ -234,63 +303,6 @@ class PieceReader:
             rows = {name: column[good] for name, column in rows.items()}
             x = {site: values[torch.from_numpy(good)] for site, values in x.items()}
         return Piece(task.index, rows, x, dict(masked))
-
-
-class _PieceRows:
-    """The rows of a piece, each at its place in dataset order from the start.
-
-    Kept batch by batch and joined in the end, they would be in memory twice.
-    """
-
-    def __init__(
-        self,
-        task: PieceTask,
-        sites: Sequence[Site],
-        section: ReadingSection,
-        model: ModelAdapter,
-    ) -> None:
-        pooled = section.pooling.name != "none"
-        self.tables: dict[int, RowTable] = {}
-        self._places: dict[int, slice] = {}
-        end = 0
-        for i in sorted(task.items):
-            begin, end = (
-                end,
-                end + (1 if pooled else int(kept_tokens(task.items[i], section).sum())),
-            )
-            self._places[i] = slice(begin, end)
-        dtype = torch.float32 if pooled else model.dtype
-        self._x = {site: torch.empty(end, model.d_model, dtype=dtype) for site in sites}
-        self._finite = {site: np.zeros(end, dtype=bool) for site in sites}
-
-    def put(self, i: int, table: RowTable, x: Mapping[Site, Float[Tensor, "rows d_model"]]) -> None:
-        """Enter one example."""
-        for site, values in x.items():
-            self._x[site][self._places[i]] = values
-            # Here, because over the whole piece it would need as much memory again.
-            self._finite[site][self._places[i]] = torch.isfinite(values).all(dim=1).numpy()
-        self.tables[i] = table
-
-    def in_order(
-        self,
-    ) -> tuple[
-        RowTable,
-        dict[Site, Float[Tensor, "rows d_model"]],
-        dict[Site, Bool[np.ndarray, "rows"]],
-    ]:
-        """Return the rows of the examples that were entered, and which of them are finite."""
-        order = sorted(self.tables)
-        rows = {
-            name: np.concatenate([np.zeros(0, kind), *(self.tables[i][name] for i in order)])
-            for name, kind in ROW_COLUMNS.items()
-        }
-        x, finite = self._x, self._finite
-        if len(order) < len(self._places):
-            kept = [np.arange(self._places[i].start, self._places[i].stop) for i in order]
-            chosen = np.concatenate([np.zeros(0, np.int64), *kept])
-            x = {site: values[torch.from_numpy(chosen)] for site, values in x.items()}
-            finite = {site: ok[chosen] for site, ok in finite.items()}
-        return rows, x, finite
 
 
 def check_failed(failed: Mapping[str, str], allowed: int) -> None:
@@ -330,34 +342,3 @@ def _first_line(error: Exception) -> str:
 def by_layer(masked: Mapping[str, int]) -> str:
     """Return counts of rows, layer by layer, in words."""
     return ", ".join(f"layer {layer}: {n} rows" for layer, n in masked.items())
-
-
-def _row_table(
-    index: int,
-    item: TokenizedExample,
-    kept: Bool[np.ndarray, "tokens"],
-    pooling: PoolingSection,
-) -> RowTable:
-    positions = np.flatnonzero(kept)
-    if pooling.name != "none":
-        span = item.offsets[positions]
-        columns: dict[str, Any] = {
-            "example": [index],
-            "token_pos": [-1],
-            "token_id": [-1],
-            "char_start": [span[:, 0].min()],
-            "char_end": [span[:, 1].max()],
-            "role": [item.roles[positions[-1]]],
-            "modality": [0],
-        }
-    else:
-        columns = {
-            "example": np.full(len(positions), index),
-            "token_pos": positions,
-            "token_id": item.ids[positions],
-            "char_start": item.offsets[positions, 0],
-            "char_end": item.offsets[positions, 1],
-            "role": item.roles[positions],
-            "modality": item.roles[positions] == ROLES.index("image"),
-        }
-    return {name: np.asarray(columns[name]).astype(kind) for name, kind in ROW_COLUMNS.items()}

@@ -24,6 +24,7 @@ def do_pieces(
     open_work: Callable[[], Work] | None = None,
     engine: EngineSection | None = None,
     release: Callable[[], None] | None = None,
+    check: Callable[[Reading], None] | None = None,
 ) -> list[Record]:
     """Do the pieces that are not done yet; also write the example table and the plan.
 
@@ -34,6 +35,8 @@ def do_pieces(
         open_work: Opens the same in a worker process; needed for more than one worker.
         engine: How many workers, and how many examples may fail.
         release: Lets go of what `work` holds, when workers do it all.
+        check: Looks whether the work can be done at all, where some is left, before the tables are
+            written.
 
     Returns:
         The records of all pieces, in order.
@@ -47,6 +50,8 @@ def do_pieces(
     records = writer.done()
     if records:
         log.info("%d of %d pieces are done", len(records), len(reading.plan.pieces))
+    if check is not None and len(records) < len(reading.plan.pieces):
+        check(reading)
     earlier = writer.complete()
     failed = enter_failed(reading, [*earlier.values(), *records.values()])
     write_tables(writer.folder, reading, EXAMPLES)

@@ -12,20 +12,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
-from pydantic import Field, model_validator
 
 from saefty import fsio
-from saefty.config import Config
 from saefty.errors import InputError
+from saefty.image_checks import check_bad_images, check_reads_images
+from saefty.images import digest_or_none
 from saefty.models.base import ModelAdapter, TokenizedExample
-from saefty.models.batching import DEFAULT_TOKEN_BUDGET, plan_batches
+from saefty.models.batching import plan_batches
+from saefty.reading_settings import PoolingSection, ReadingSection, SaveSection
 from saefty.records import ROLES, Example, example_record
 from saefty.runs import Ledger
 from saefty.stores.base import piece_ranges
+
+__all__ = [
+    "PLAN",
+    "Plan",
+    "PoolingSection",
+    "Reading",
+    "ReadingSection",
+    "SaveSection",
+    "computed_part",
+    "kept_tokens",
+    "prepare",
+    "write_tables",
+]
 
 log = logging.getLogger(__name__)
 
@@ -33,88 +47,8 @@ PIECE_BYTES = 64 << 20  # activations of one layer in a piece: checksums and flu
 TOKEN_BYTES = 2048  # as a token weighs in a piece: 131,072 of them are enough to do again
 TOKENISED_AT_ONCE = 256  # examples; the tokenizer answers in lists, ten times the size of arrays
 PLAN, SHOWN_IDS = "plan.json", 5
-
-
-class PoolingSection(Config):
-    """How the rows of an example's tokens become one row."""
-
-    name: Literal["none", "text_only_mean", "eos", "last_k_mean", "span_mean"] = "none"
-    """`none` keeps every token that is not special; `text_only_mean` their mean, after the image
-    where there is one; `eos` the last token; `last_k_mean` the mean of the last `last_k`;
-    `span_mean` the mean of the tokens `span`."""
-
-    last_k: int = Field(default=5, gt=0)
-    """Tokens in `last_k_mean`."""
-
-    span: tuple[int, int] | None = None
-    """Token positions [start, end) of `span_mean`, BOS counted as 0."""
-
-    @model_validator(mode="after")
-    def _span_of_span_mean(self) -> "PoolingSection":
-        if self.name == "span_mean" and self.span is None:
-            raise ValueError("span_mean needs span=[start,end), but none is given")
-        if self.span is not None and not 0 <= self.span[0] < self.span[1]:
-            raise ValueError(f"span is [start, end) with 0 <= start < end, not {list(self.span)}")
-        return self
-
-
-class SaveSection(Config):
-    """How the store is cut into files."""
-
-    shard_size: int | None = Field(default=None, gt=0)
-    """Rows in a shard; None cuts by bytes (64 MiB a layer)."""
-
-
-class ReadingSection(Config):
-    """How a model is read over a dataset; shared by `extract` and `encode`."""
-
-    SECTION: ClassVar[str] = "extract"
-    """The section's name in the configuration, for messages."""
-
-    BOS_ENDS_PROMPT: ClassVar[bool] = True
-    """Whether a BOS that the tokenizer adds may stand for a prompt without a token of its own."""
-
-    hook_point: Literal[
-        "resid_pre", "post_attn_resid", "post_attn_ln", "resid_post", "attn_out", "mlp_out"
-    ] = "resid_post"
-    """What to read in each block (see the concepts page)."""
-
-    tokens: Literal["text", "all", "prompt_end", "response"] = "text"
-    """Which tokens are kept: `text` all that are not special; `all` special ones too; `prompt_end`
-    the last token before the response (of a text without a response, its last); `response` the
-    tokens of the response, the one that straddles its beginning and special ones behind it
-    included. A causal model computes nothing behind the last kept token. SAEs are mostly trained
-    without special tokens, whose activations lie far from all others: with `all`, expect their
-    latents to mean little. With a pooling, which chooses tokens itself, only `text` is allowed."""
-
-    pooling: PoolingSection = PoolingSection()
-    """How the rows of an example's tokens become one row."""
-
-    limit_examples: int | None = Field(default=None, gt=0)
-    """Stop after this many examples; None reads them all."""
-
-    truncate: Literal["never", "left", "right"] = "never"
-    """What to do with a text longer than the model's context: `never` skips and counts it, `right`
-    drops its end, `left` its beginning."""
-
-    nonfinite: Literal["stop", "mask"] = "stop"
-    """What to do when an activation is NaN or infinite: `stop`, or `mask`: drop the row in all
-    layers and count it for each layer."""
-
-    token_budget: int = Field(default=DEFAULT_TOKEN_BUDGET, gt=0)
-    """Tokens in one forward pass, padding counted."""
-
-    save: SaveSection = SaveSection()
-    """How the store is cut into files."""
-
-    @model_validator(mode="after")
-    def _one_choice_of_tokens(self) -> "ReadingSection":
-        if self.tokens != "text" and self.pooling.name != "none":
-            raise ValueError(
-                f"tokens={self.tokens} keeps tokens as they are, and pooling.name="
-                f"{self.pooling.name} chooses tokens itself: set tokens=text or pooling.name=none"
-            )
-        return self
+OF_IMAGES = ("knockout", "cross_attention")
+"""Contrasts of what an image does."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +79,8 @@ class Reading:
     """Tokens of each example."""
     kept: Int[np.ndarray, "examples"]
     """Tokens of each example that are kept, or averaged."""
+    spans: Int[np.ndarray, "examples 2"] | None
+    """With a pooling: the first of the tokens that are averaged, and the one behind the last."""
     computed: Int[np.ndarray, "examples"]
     """Tokens of each example that go through the model."""
     response_starts: list[int | None]
@@ -152,7 +88,10 @@ class Reading:
     """Where the response's first token also holds the prompt's last characters."""
     truncated: Bool[np.ndarray, "examples"]
     statuses: list[str]
-    """`ok`, or why the example is left out: `too_long`, `empty`, `no_tokens`, `failed`."""
+    """`ok`, or why the example is left out: `too_long`, `empty`, `no_tokens`, `no_span`,
+    `no_image`, `failed`."""
+    reasons: dict[int, str]
+    """Why an example is left out, where its status does not say enough, by its index."""
     plan: Plan
     ledger: Ledger
     tokenize: Callable[[Sequence[Example]], list[TokenizedExample]]
@@ -170,6 +109,9 @@ class Reading:
                 "status": self.statuses[i],
                 "n_tokens": int(self.lengths[i]),
                 "response_start": self.response_starts[i],
+                **({} if self.spans is None else {"pooled_tokens": self.spans[i].tolist()}),
+                **({"reason": self.reasons[i]} if i in self.reasons else {}),
+                **_checksums(example, text),
             }
 
     def _with_texts(self) -> Iterator[tuple[Example, str]]:
@@ -199,30 +141,46 @@ def prepare(
         tell: Warn of examples that are left out; False where the caller says why itself.
 
     Raises:
-        InputError: If no example can be read.
+        InputError: If no example can be read, or too many images are bad.
+        MismatchError: If examples have images and the model reads none.
     """
     chosen = examples[: section.limit_examples]
     lazy = not isinstance(chosen, list | tuple)
     tokenize = partial(model.tokenize, truncate=section.truncate)
     lengths = np.zeros(len(chosen), dtype=np.int32)
     kept = np.zeros(len(chosen), dtype=np.int32)
+    pooled = section.pooling.name != "none"
+    spans = np.zeros((len(chosen), 2), dtype=np.int32) if pooled else None
     computed = np.zeros(len(chosen), dtype=np.int32)
     straddles = np.zeros(len(chosen), dtype=bool)
     truncated = np.zeros(len(chosen), dtype=bool)
     texts: list[str] = []
     response_starts: list[int | None] = []
     statuses: list[str] = []
+    reasons: dict[int, str] = {}
+    bad_images: dict[str, str] = {}
+    images = 0
     for start in range(0, len(chosen), TOKENISED_AT_ONCE):
-        for item in tokenize(list(chosen[start : start + TOKENISED_AT_ONCE])):
+        part = list(chosen[start : start + TOKENISED_AT_ONCE])
+        check_reads_images(model, part)
+        images += sum(example.image is not None for example in part)
+        for item in tokenize(part):
             i = len(statuses)
-            lengths[i], kept[i] = len(item.ids), int(kept_tokens(item, section).sum())
+            places = np.flatnonzero(kept_tokens(item, section))
+            lengths[i], kept[i] = len(item.ids), len(places)
+            if spans is not None and len(places):
+                spans[i] = places[0], places[-1] + 1
             computed[i] = len(computed_part(item, section, model).ids)
             straddles[i], truncated[i] = item.straddles, item.truncated
             if not lazy:
                 texts.append(item.text)
             response_starts.append(item.response_start)
-            empty = item.status == "ok" and not kept[i]
-            statuses.append("no_tokens" if empty else str(item.status))
+            statuses.append(_status(item, bool(kept[i]), section))
+            if item.reason is not None:
+                reasons[i] = item.reason
+            if item.status == "bad_image" and item.example.image is not None:
+                bad_images[item.example.id] = item.reason or "no reason given"
+    check_bad_images(bad_images, images, section)
     counts = Counter(statuses)
     ledger = Ledger(ok=counts.pop("ok", 0), skipped=counts)
     if not ledger.ok:
@@ -239,11 +197,13 @@ def prepare(
         None if lazy else texts,
         lengths,
         kept,
+        spans,
         computed,
         response_starts,
         straddles,
         truncated,
         statuses,
+        reasons,
         plan,
         ledger,
         tokenize,
@@ -264,8 +224,8 @@ def kept_tokens(item: TokenizedExample, section: ReadingSection) -> Bool[np.ndar
     if pooling.name == "eos":
         return positions == len(item.ids) - 1
     if pooling.name == "span_mean":
-        assert pooling.span is not None  # the configuration has one
-        return (positions >= pooling.span[0]) & (positions < pooling.span[1])
+        start, end = pooling.span or item.example.span or (0, 0)
+        return (positions >= start) & (positions < end)
     if pooling.name == "last_k_mean":
         chosen = np.zeros(len(item.ids), dtype=bool)
         chosen[np.flatnonzero(text)[-pooling.last_k :]] = True
@@ -288,8 +248,9 @@ def computed_part(
     """Return what of an example goes through the model: nothing behind the last kept token.
 
     A causal model's activations do not depend on what follows. `text` is left whole, where the cut
-    would save a closing special token at most. A response that is cut off still begins at
-    `response_start`, one behind the last token.
+    would save a closing special token at most. Nor is anything cut before the last token of an
+    image: its pixels come as a whole, and in some families its tokens read each other. A response
+    that is cut off still begins at `response_start`, one behind the last token.
 
     Args:
         item: The whole example.
@@ -298,10 +259,12 @@ def computed_part(
     """
     if section.tokens == "text" or not model.causal:
         return item
-    kept = np.flatnonzero(kept_tokens(item, section))
-    if not len(kept) or kept[-1] + 1 == len(item.ids):
+    of_image = item.roles == ROLES.index("image")
+    kept = kept_tokens(item, section)
+    needed = np.flatnonzero(kept | of_image)
+    if not kept.any() or needed[-1] + 1 == len(item.ids):
         return item
-    head = slice(int(kept[-1]) + 1)
+    head = slice(int(needed[-1]) + 1)
     return replace(
         item,
         ids=item.ids[head],
@@ -309,6 +272,29 @@ def computed_part(
         roles=item.roles[head],
         special=item.special[head],
     )
+
+
+def _checksums(example: Example, text: str) -> dict[str, str | None]:
+    """Return checksums of an example's text and image, where it has an image."""
+    if example.image is None:
+        return {}
+    return {
+        "prompt_hash": fsio.digest_bytes(text.encode("utf-8")),
+        "image_hash": digest_or_none(example.image),
+    }
+
+
+def _status(item: TokenizedExample, any_kept: bool, section: ReadingSection) -> str:
+    """Return what becomes of an example: its own status, or why nothing of it can be kept."""
+    if item.status != "ok":
+        return str(item.status)
+    if section.contrast.method in OF_IMAGES and not (item.roles == ROLES.index("image")).any():
+        return "no_image"  # with and without its image it is the same
+    if any_kept:
+        return "ok"
+    pooling = section.pooling
+    without = pooling.name == "span_mean" and (pooling.span or item.example.span) is None
+    return "no_span" if without else "no_tokens"
 
 
 def _how_to_read_more(
@@ -320,12 +306,25 @@ def _how_to_read_more(
             f"The model reads up to {max_length} tokens, and the longest text has {longest}: set "
             f"{section.SECTION}.truncate=right to drop the ends of long texts."
         )
+    if ledger.skipped["bad_image"]:
+        steps.append("saefty data show says what is wrong with the images.")
     if ledger.skipped["empty"]:
         steps.append(
             "Check that data.text (or data.prompt, data.response) names a column with text."
         )
+    if ledger.skipped["no_image"]:
+        steps.append(
+            f"{section.SECTION}.contrast.method={section.contrast.method} is about what an image "
+            "does, and these examples have none that the model reads: set data.image to the column "
+            "of images, and model.name to a vision-language model; zero_attention needs no image."
+        )
+    if ledger.skipped["no_span"]:
+        steps.append(
+            f"{section.SECTION}.pooling.name=span_mean needs tokens [start, end): set data.span to "
+            f"a column of them, or {section.SECTION}.pooling.span=[start,end] for all alike."
+        )
     if ledger.skipped["no_tokens"]:
-        span = f" (span {section.pooling.span})" if section.pooling.name == "span_mean" else ""
+        span = f" (span {section.pooling.span})" if section.pooling.span else ""
         if section.tokens == "text":
             steps.append(
                 f"Check {section.SECTION}.pooling: it keeps no token of these texts{span}."

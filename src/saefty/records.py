@@ -1,7 +1,7 @@
 """The values that travel between floors: an example, a place in a model, a stretch of tokens."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class Example:
     stands; otherwise the tokenizer's chat template is applied where it has one. `label` is True for
     harmful, False for harmless, None where it is not known. Examples of one `group` (the same
     prompt, say) are never separated by a split. `category` names what an example is about or which
-    kind of harm it does, such as a cluster of the dataset; `source` is where it comes from.
+    kind of harm it does, such as a cluster of the dataset; `source` is where it comes from. `span`
+    names tokens [start, end) of it, BOS counted as 0, for `pooling.name=span_mean`.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Example:
     source: str = "local"
     raw: bool = False
     category: str | None = None
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -115,14 +117,23 @@ class Span:
             raise ValueError(f"a span's role is one of {', '.join(ROLES)}, not {self.role!r}")
 
 
+def as_examples(prompts: Sequence[Example | str]) -> list[Example]:
+    """Return prompts as examples; of one that is text alone, the id is its place."""
+    return [
+        Example(id=str(place), prompt=one) if isinstance(one, str) else one
+        for place, one in enumerate(prompts)
+    ]
+
+
 def example_record(example: Example) -> dict[str, Any]:
     """Return an example as JSON values.
 
-    An example without a category is written as before there were any, so that the checksum of a
-    dataset stays what earlier runs recorded.
+    An example without a category or a span is written as before there were any, so that the
+    checksum of a dataset stays what earlier runs recorded.
     """
     turns = example.messages
     category = {} if example.category is None else {"category": example.category}
+    span = {} if example.span is None else {"span": list(example.span)}
     return {
         "example_id": example.id,
         "prompt": example.prompt,
@@ -134,12 +145,13 @@ def example_record(example: Example) -> dict[str, Any]:
         "source": example.source,
         "raw": example.raw,
         **category,
+        **span,
     }
 
 
 def example_from(record: Mapping[str, Any]) -> Example:
     """Return the example that `example_record` wrote."""
-    turns = record["messages"]
+    turns, span = record["messages"], record.get("span")
     return Example(
         id=record["example_id"],
         prompt=record["prompt"],
@@ -151,4 +163,5 @@ def example_from(record: Mapping[str, Any]) -> Example:
         source=record["source"],
         raw=record["raw"],
         category=record.get("category"),
+        span=None if span is None else (span[0], span[1]),
     )

@@ -87,6 +87,8 @@ class SaeRecord:
     n_bytes: int
     published: Mapping[str, str]
     """Release, SAE id and Neuronpedia's name, as far as they are known."""
+    contrast: Mapping[str, str] | None = None
+    """Method and scope of the contrast that it was trained on; None for plain activations."""
 
     @classmethod
     def of(cls, sae: SparseAutoencoder, site: Site) -> "SaeRecord":
@@ -103,6 +105,7 @@ class SaeRecord:
             checksum=sae_checksum(sae),
             n_bytes=sum(value.numel() * value.element_size() for value in held),
             published={name: str(value) for name, value in known.items() if value},
+            contrast=sae.metadata.get("contrast"),
         )
 
 

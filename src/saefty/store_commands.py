@@ -134,6 +134,12 @@ def _store_lines(found: list[dict[str, Any]], root: Path) -> str:
         lines.append(
             f"{store['store']}  {store['kind']}  layers {store['layers']}  "
             f"{store['shards']} shards  {store['rows']:,} rows  "
-            f"{store['bytes'] / 1e6:,.1f} MB  {state}"
+            f"{store['bytes'] / 1e6:,.1f} MB  {state}{_contrast(store)}"
         )
     return "\n".join(lines)
+
+
+def _contrast(store: dict[str, Any]) -> str:
+    """Say which contrast a store holds; nothing of a store of plain activations."""
+    contrast = store.get("contrast")
+    return f"  contrast {contrast['method']}, {contrast['scope']}" if contrast else ""

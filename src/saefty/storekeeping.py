@@ -295,4 +295,5 @@ def _describe(folder: Path, verify: bool) -> dict[str, Any]:
         "rows": sum(int(piece["rows"]) for piece in store.pieces),
         "bytes": store.n_bytes(),
         "whole": whole,
+        **({"contrast": said} if (said := store.manifest.get("contrast")) else {}),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
+from pipeline import vision
 from pipeline.forkserver import Commands
 
 N_EXAMPLES = 40
@@ -89,3 +90,8 @@ def world(saefty) -> World:
         assert result.code == 0, result.err
         made.seconds[stage] = time.monotonic() - began
     return made
+
+
+@pytest.fixture(scope="session")
+def memes(saefty, tmp_path_factory) -> vision.Memes:
+    return vision.make(saefty, tmp_path_factory.mktemp("memes"))

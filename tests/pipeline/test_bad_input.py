@@ -83,7 +83,6 @@ class TestSettings:
             ("extract.limit_examples=0", "should be integer > 0 or null, got 0"),
             ("extract.limit_examples=ten", "got 'ten'"),
             ("data.limit=0", "should be integer > 0 or null, got 0"),
-            ("extract.pooling.name=span_mean", "span_mean needs span=[start,end)"),
             ("extract.pooling.span=[3,1]", "0 <= start < end, not [3, 1]"),
             ("model.dtype=fp16", "bfloat16 or float16, got 'fp16'. Did you mean 'float16'?"),
             ("model.device=quantum", "model.device is 'quantum', but the devices here are: cpu"),
@@ -229,6 +228,9 @@ class TestData:
         path = file("i.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n')
         extract(3, "uses 1 ids for more than one row: 1", "leave it out to number the rows",
                 data__path=path, data__label="")  # fmt: skip
+
+    def test_a_mean_over_spans_that_nothing_names(self, extract):
+        extract(3, "no_span 40", "data.span to a column", extract__pooling__name="span_mean")
 
     def test_a_span_that_no_text_reaches(self, extract):
         extract(3, "no_tokens 40", "extract.pooling", "(50, 60)",

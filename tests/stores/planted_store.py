@@ -13,7 +13,12 @@ D_IN = 3
 
 
 def make(
-    folder: Path, counts=(5, 7, 4), layers=(0, 2), dtype=torch.float32, examples=None
+    folder: Path,
+    counts=(5, 7, 4),
+    layers=(0, 2),
+    dtype=torch.float32,
+    examples=None,
+    contrast=None,
 ) -> ActivationStore:
     writer = StoreWriter(folder, KIND, "fingerprint")
     records, first = [], 0
@@ -34,6 +39,8 @@ def make(
         "d_in": D_IN,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if contrast is not None:
+        facts["contrast"] = contrast
     writer.finish(records, facts, [EXAMPLES])
     return ActivationStore.open(folder)
 

@@ -45,3 +45,56 @@ def test_layers_with_different_rows_are_refused(tmp_path):
     np.savez(tmp_path / "layer_1_shard_00000.npz", x=np.ones((4, 3), np.float32))
     with pytest.raises(InputError, match="layer 1 has 4 rows, but layer 0 has 2"):
         import_npz(tmp_path, tmp_path / "store")
+
+
+DELTA = {"method": "knockout", "scope": "joint"}
+
+
+def test_a_contrast_is_called_delta_and_keeps_its_method_and_scope(tmp_path, caplog):
+    store = planted_store.make(tmp_path / "a", contrast=DELTA)
+    export_npz(store, tmp_path / "npz")
+    with np.load(tmp_path / "npz/layer_0_shard_00000.npz", allow_pickle=False) as file:
+        assert "x" not in file
+        np.testing.assert_array_equal(file["delta"], store.shard(0, 0).numpy())
+        assert file["contrast"].tolist() == ["knockout", "joint"]
+    import_npz(tmp_path / "npz", tmp_path / "b")
+    assert ActivationStore.open(tmp_path / "b").contrast == DELTA
+    assert not caplog.records
+
+
+def test_a_delta_of_which_nothing_is_known_is_a_contrast_and_it_is_said(tmp_path, caplog):
+    np.savez(tmp_path / "layer_4_shard_00000.npz", delta=np.ones((2, 3), np.float32))
+    import_npz(tmp_path, tmp_path / "store")
+    unknown = {"method": "unknown", "scope": "unknown"}
+    assert ActivationStore.open(tmp_path / "store").contrast == unknown
+    assert "do not say of which method and scope" in caplog.text
+
+
+def test_plain_activations_have_no_contrast(tmp_path):
+    export_npz(planted_store.make(tmp_path / "a"), tmp_path / "npz")
+    import_npz(tmp_path / "npz", tmp_path / "b")
+    assert ActivationStore.open(tmp_path / "b").contrast is None
+
+
+def test_activations_and_contrasts_make_no_store_together(tmp_path):
+    np.savez(tmp_path / "layer_0_shard_00000.npz", x=np.ones((2, 3), np.float32))
+    np.savez(tmp_path / "layer_1_shard_00000.npz", delta=np.ones((2, 3), np.float32))
+    words = r"layer_0_shard_00000.npz activations \(x\); layer_1_shard_00000.npz unknown"
+    with pytest.raises(InputError, match=words):
+        import_npz(tmp_path, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("example_id", ["a", "c"], "row 1 is example_id b in layer 0, but c in layer 1"),
+        ("token_pos", [0, 2], "row 1 is token_pos 1 in layer 0, but 2 in layer 1"),
+    ],
+)
+def test_layers_of_as_many_but_other_rows_are_refused(tmp_path, column, values, words):
+    x = np.ones((2, 3), np.float32)
+    rows = {"example_id": np.array(["a", "b"]), "token_pos": np.array([0, 1])}
+    np.savez(tmp_path / "layer_0_shard_00000.npz", x=x, **rows)
+    np.savez(tmp_path / "layer_1_shard_00000.npz", x=x, **{**rows, column: np.array(values)})
+    with pytest.raises(InputError, match=words):
+        import_npz(tmp_path, tmp_path / "store")

@@ -67,6 +67,8 @@ class AnnotateSection(ReadingSection):
     def _goes_together(self) -> "AnnotateSection":
         if self.pooling.name != "none":
             raise ValueError("features are written token by token: leave out annotate.pooling")
+        if self.contrast.method != "none":
+            raise ValueError("features are of plain activations: leave out annotate.contrast")
         if self.sae is not None and (
             self.sae_id is not None or "sae_release" in self.model_fields_set
         ):

@@ -12,6 +12,7 @@ from saefty import fsio
 from saefty.data.base import DataSection, load_examples
 from saefty.engine import EngineSection, ThreadsSection
 from saefty.errors import ConfigError, InputError
+from saefty.images import digest_or_none
 from saefty.models.base import ModelAdapter, ModelSection, inspect_model, load_model
 from saefty.records import Example, Site, example_record
 from saefty.runs import METADATA, RunSection, read_metadata, run_folder
@@ -112,10 +113,26 @@ def open_data(section: DataSection, examples: Sequence[Example] | None) -> list[
 
 
 def data_inputs(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return the fingerprint of a dataset: how many examples, and a checksum of all they hold."""
-    lines = (fsio.dump_json_line(example_record(example)) for example in examples)
+    """Return the fingerprint of a dataset: how many examples, and a checksum of all they hold.
+
+    Images are files beside it, and have a checksum of their own.
+    """
+    lines = (fsio.dump_json_line(_placeless(example_record(one))) for one in examples)
     blocks = (line.encode("utf-8") for line in lines)
-    return {"examples": len(examples), "xxh3_128": fsio.digest_blocks(blocks)}
+    found: dict[str, Any] = {
+        "examples": len(examples),
+        "xxh3_128": fsio.digest_blocks(blocks),
+    }
+    images = [example.image for example in examples if example.image is not None]
+    if images:
+        digests = (f"{digest_or_none(path)}\n".encode() for path in images)
+        found["images_xxh3_128"] = fsio.digest_blocks(digests)
+    return found
+
+
+def _placeless(record: dict[str, Any]) -> dict[str, Any]:
+    """Return an example's record that says of an image that it has one, not where the file lies."""
+    return record if record["image"] is None else {**record, "image": True}
 
 
 def model_inputs(model: ModelAdapter) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from saefty.encoding import (
     EncodedStoredPiece,
     Encoding,
     StoredEncoding,
+    check_against_store,
     check_saes,
     finish_features,
 )
 from saefty.engine import EngineSection, Step, share_out
-from saefty.errors import ConfigError, MismatchError, ResourceError
+from saefty.errors import ConfigError, ResourceError
 from saefty.log import progress
 from saefty.models.base import ModelAdapter, ModelSection
+from saefty.models.contrast import require_contrast
 from saefty.pieces import PieceReader
 from saefty.piecework import do_pieces
 from saefty.reading import PLAN, ReadingSection, prepare
@@ -148,7 +150,12 @@ def run(
     texts = open_data(cfg.data, examples)
     worker_model = workers_model(cfg.engine, cfg.model, model)
     model = model or open_model(cfg.model, chosen.sites)
-    check_saes(chosen.records, model.d_model, model.name)
+    contrast = cfg.encode.contrast
+    read = None
+    if contrast.method != "none":
+        require_contrast(model, chosen.sites, contrast)
+        read = contrast.model_dump()
+    check_saes(chosen.records, model.d_model, model.name, read)
     chosen = chosen.placed(model.device)
     warn_of_other_model(chosen.records, model.name)
     folder = run_folder(cfg.run, "features")
@@ -167,7 +174,9 @@ def run(
             if worker_model
             else None
         )
-        ordered = do_pieces(writer, reading, work, elsewhere, cfg.engine, model.release)
+        ordered = do_pieces(
+            writer, reading, work, elsewhere, cfg.engine, model.release, work.reader.check
+        )
         whole = cfg.encode.tokens == "all"
         store = finish_features(
             writer,
@@ -203,14 +212,7 @@ def _chosen(
 
 def _encode_store(cfg: EncodeConfig, saes: SaeSet, inputs: dict[str, Any]) -> Outcome:
     store = ActivationStore.open(cfg.encode.store or "")
-    check_saes(saes.records, store.d_in, str(store.folder))
-    for key, record in saes.records.items():
-        if record.site != store.site(record.site.layer):
-            raise MismatchError(
-                f"the SAE of layer {key} reads {record.site}, but the store holds "
-                f"{store.site(record.site.layer)}.",
-                then="Extract that hook point, or train an SAE on this store.",
-            )
+    check_against_store(saes.records, store)
     folder = run_folder(cfg.run, "features")
     inputs.update(kernels=saes.kernels, store=store.manifest["fingerprint"])
     with Run(folder, "encode", config_tree(cfg), inputs) as current:

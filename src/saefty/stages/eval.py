@@ -12,19 +12,21 @@ from saefty.evaluation_inputs import recorded_model, recorded_reading, with_fold
 from saefty.evaluation_settings import EvalSection, InterventionSection
 from saefty.harm_evaluation import HarmEvaluation
 from saefty.harm_report import write_harm_report
-from saefty.judges.base import make_judge
+from saefty.judges.base import judge_record, make_judge
 from saefty.metrics.base import LATENT_SCORES
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.reading import ReadingSection
 from saefty.runs import Run, RunSection, run_folder
-from saefty.saes.base import SparseAutoencoder
+from saefty.silencing import can_act
 from saefty.stages.base import Outcome, load_saes, model_inputs, open_model, settle_threads
 from saefty.stores.activations import ActivationStore
 from saefty.stores.features import FeatureStore
 
 log = logging.getLogger(__name__)
 
-WITHOUT_MODEL = "intervention.enabled=false and eval.baselines=false"
+WITHOUT_MODEL = (
+    "intervention.forward=false (or intervention.enabled=false) and eval.baselines=false"
+)
 
 
 class EvalConfig(Config):
@@ -48,9 +50,11 @@ class EvalConfig(Config):
     @model_validator(mode="after")
     def _one_source(self) -> "EvalConfig":
         given = self.eval
-        both = given.sae is not None and given.store is not None
-        if (given.features is not None) == both or (given.sae is None) != (given.store is None):
-            raise ValueError("set either eval.features, or eval.sae and eval.store")
+        if (given.features is None) == (given.sae is None) or (given.sae and not given.store):
+            raise ValueError(
+                "set either eval.features, or eval.sae and eval.store (with eval.features, "
+                "eval.store may name activations of the same examples)"
+            )
         return self
 
 
@@ -64,15 +68,20 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
     cfg = cfg.model_copy(update={"eval": with_folders(cfg.eval, cfg.run.root)})
     _check_names(cfg)
     folder = run_folder(cfg.run, "eval")
-    source: ActivationStore | FeatureStore
-    saes: dict[int, SparseAutoencoder] = {}
-    if cfg.eval.store is not None:
-        source = ActivationStore(cfg.eval.store)
-        saes = load_saes(Path(cfg.eval.sae or ""), cfg.eval.layers)
-    else:
-        source = FeatureStore(cfg.eval.features or "")
+    features = FeatureStore(cfg.eval.features) if cfg.eval.features else None
+    activations = ActivationStore(cfg.eval.store) if cfg.eval.store else None
+    source = features or activations
+    assert source is not None  # the configuration names one
+    saes = load_saes(Path(cfg.eval.sae), cfg.eval.layers) if cfg.eval.sae else {}
     inputs: dict[str, Any] = {"source": source.manifest["fingerprint"]}
-    needed = cfg.intervention.enabled or (cfg.eval.baselines and cfg.eval.store is None)
+    if features is not None and activations is not None:
+        inputs["store"] = activations.manifest["fingerprint"]
+    if _forward(cfg, source):
+        inputs["judges"] = {
+            "behaviour": judge_record(cfg.intervention.judge, cfg.intervention.judge_options),
+            "fluency": judge_record(cfg.intervention.fluency, cfg.intervention.fluency_options),
+        }
+    needed = _forward(cfg, source) or (cfg.eval.baselines and activations is None)
     if needed and model is None:
         section = cfg.model or recorded_model(source.folder, WITHOUT_MODEL)
         recorded_reading(source.folder)  # what refuses a lost store comes before the model
@@ -90,6 +99,7 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
             cfg.eval,
             cfg.intervention,
             source,
+            activations=activations if features is not None else None,
             saes=saes,
             load_saes=load_saes,
             model=model,
@@ -102,10 +112,16 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
     return Outcome("eval", folder, figures)
 
 
+def _forward(cfg: EvalConfig, source: ActivationStore | FeatureStore) -> bool:
+    """Return whether latents are silenced while the model replies."""
+    wanted = cfg.intervention.enabled and cfg.intervention.forward
+    return wanted and can_act(source, cfg.eval.layers)
+
+
 def _check_names(cfg: EvalConfig) -> None:
     """Look every name up before the work that would be lost on one that cannot be used."""
     LATENT_SCORES[cfg.eval.ranked_by]
-    if cfg.intervention.enabled:
+    if cfg.intervention.enabled and cfg.intervention.forward:
         make_judge(cfg.intervention.judge, cfg.intervention.judge_options)
         if cfg.intervention.fluency != "perplexity":  # made with the model's own replies
             options = cfg.intervention.fluency_options

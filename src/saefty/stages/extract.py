@@ -9,6 +9,7 @@ from saefty.data.base import DataSection
 from saefty.engine import EngineSection
 from saefty.extraction import write_activations
 from saefty.models.base import ModelAdapter, ModelSection
+from saefty.models.contrast import require_contrast
 from saefty.reading import ReadingSection, prepare
 from saefty.records import Example, Site
 from saefty.runs import Run, RunSection, run_folder
@@ -84,12 +85,14 @@ def run(
     settle_threads(cfg.engine, existing_folder(cfg.run, "extract"))
     model = model or open_model(cfg.model, sites)
     model.info.check_sites(sites)
+    if cfg.extract.contrast.method != "none":
+        require_contrast(model, sites, cfg.extract.contrast)
     folder = run_folder(cfg.run, "extract")
     inputs = {"model": model_inputs(model), "data": data_inputs(chosen)}
     with Run(folder, "extract", config_tree(cfg), inputs) as current:
         reading = prepare(model, chosen, cfg.extract, len(sites))
         current.ledger = reading.ledger
-        item_bytes = 4 if cfg.extract.pooling.name != "none" else model.dtype.itemsize
+        item_bytes = 4 if cfg.extract.in_float32 else model.dtype.itemsize
         rows = planned_rows(reading, cfg.extract)
         current.require_space(activation_bytes(rows, model.d_model, len(sites), item_bytes))
         store = write_activations(

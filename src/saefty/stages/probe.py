@@ -16,6 +16,7 @@ from saefty.detection.job import DetectionJob
 from saefty.detection.report import write_detection_report
 from saefty.detection.result import Detection
 from saefty.detection.saving import MeasuredDetector, detector_to_save, save_detector
+from saefty.encoding import in_words
 from saefty.engine import ThreadsSection
 from saefty.errors import ConfigError, MismatchError
 from saefty.evaluation_inputs import (
@@ -214,6 +215,12 @@ def _is_there(section: ProbeSection, folder: Path, current: Run) -> bool:
 
 def _check_savable(source: FeatureStore | ActivationStore) -> None:
     """Refuse, before the work, what would be refused after it."""
+    contrast = source.manifest.get("contrast")
+    if contrast is not None:
+        raise ConfigError(
+            f"{source.folder} was made of {in_words(contrast)}; a guard reads plain activations.",
+            then="Extract again without extract.contrast, or leave probe.save out.",
+        )
     pooling = recorded_reading(source.folder).pooling.name
     if pooling != "none":
         raise ConfigError(

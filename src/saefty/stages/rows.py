@@ -134,7 +134,7 @@ def open_readings(
                 f"{_who_says(settings, sae, site)}, but the store holds {held}.",
                 then="Extract that place, or set --layer to one of these to try it there.",
             )
-        check_saes({site.layer: sae}, store.d_in, str(store.folder))
+        check_saes({site.layer: sae}, store.d_in, str(store.folder), store.contrast)
         keep = _recorded_rows(sae, store) if recorded else None
         return StoreReadings(store, site, settings.rows, keep), site, keep is not None
     assert cfg.model is not None  # the configuration has one source

@@ -12,8 +12,8 @@ from saefty import fsio
 from saefty.baselines import names_to_codes
 from saefty.config import config_tree
 from saefty.data.base import DataSection
-from saefty.errors import ConfigError
-from saefty.interventions.steer import steer
+from saefty.errors import ConfigError, NumericError
+from saefty.interventions.steer import steer, step_of
 from saefty.interventions.vectors import SteeringVector, load_vector
 from saefty.judges.base import judge_record, make_judge
 from saefty.latent_targets import sae_facts
@@ -22,6 +22,7 @@ from saefty.off_target import attribute_shifts, harmless_cost, latent_map, reply
 from saefty.records import Example
 from saefty.runs import Run, run_folder
 from saefty.sae_ts.scale import residual_norm
+from saefty.sae_ts.vectors import trust_of
 from saefty.saes.base import SparseAutoencoder
 from saefty.stages.base import (
     Outcome,
@@ -46,9 +47,10 @@ from saefty.steering import (
 )
 from saefty.steering_compare_report import write_comparison
 from saefty.steering_compare_settings import CompareConfig, CompareSection
-from saefty.steering_comparison import Comparison, Way, compare, two_sides
-from saefty.steering_scores import compares, judge_of, judged
-from saefty.steering_tables import OffTargets
+from saefty.steering_comparison import Comparison, compare, two_sides
+from saefty.steering_report import BROKE
+from saefty.steering_scores import check_judges, compares, judged, scores_of
+from saefty.steering_tables import OffTargets, WayFacts
 from saefty.steering_vectors import check_sae, open_sae, random_vector
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,11 @@ KIND = "steer_compare"
 RANDOM = "random"
 TARGETED = ("decoder", "sae_ts", "rotation", "pseudo_inverse")
 """Methods that are told which latents to move."""
+PLACED = (
+    'Write it with its place: sf.load_vector(PATH, sf.Site(20)).save("FOLDER") in Python, and name '
+    "that folder in compare.vectors."
+)
+"""What to do about a bare vector, of which a comparison has no key to say where it is added."""
 IN_REPLY = ("decode", "response")
 """Where to act on tokens of a reply alone: harmless text is then read as one."""
 
@@ -82,13 +89,17 @@ def run(
         ConfigError: If the grid has no spread, there is no vector or two share a name, or a judge
             cannot be made.
         InputError: If there are too few prompts, or too little could be scored.
-        NumericError: If a vector turns the logits to NaN.
+        NumericError: If every strength of every vector turns the logits to NaN.
         MismatchError: If a vector, or the SAE, does not belong to the model.
     """
     settings = cfg.compare
     alphas = check_alphas(settings.alphas)
-    _check_judges(settings)
-    vectors = {name: load_vector(path) for name, path in settings.vectors.items()}
+    attributes = {
+        f"compare.attributes.{name}.judge": (one.judge, one.options)
+        for name, one in settings.attributes.items()
+    }
+    check_judges(settings, "compare", attributes)
+    vectors = {name: load_vector(path, how=PLACED) for name, path in settings.vectors.items()}
     _check_vectors(settings, vectors)
     prompts = open_data(cfg.data, examples)
     check_prompts(prompts)
@@ -130,14 +141,11 @@ def run(
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size
         )
-        replies = replies_under(model, prompts, arms, alphas, sampling, folder / "replies")
-        gather(folder / "replies.jsonl", prompts, replies)
-        behaviour = judge_of(settings.judge, settings.judge_options, "compare.judge", model,
-                             replies[PLAIN])  # fmt: skip
-        fluency = judge_of(settings.fluency, settings.fluency_options, "compare.fluency", model,
-                           replies[PLAIN])  # fmt: skip
-        shown = judged(behaviour, "behaviour", prompts, replies, folder / "scores")
-        fluent = judged(fluency, "fluency", prompts, replies, folder / "scores")
+        steered = replies_under(model, prompts, arms, alphas, sampling, folder / "replies")
+        replies = steered.replies
+        gather(folder / "replies.jsonl", prompts, steered)
+        scores = scores_of(settings, "compare", model, prompts, steered, folder / "scores")
+        shown, fluent = scores["behaviour"], scores["fluency"]
         result = compare(
             shown,
             fluent,
@@ -145,6 +153,7 @@ def run(
             alphas,
             clusters,
             controls=controls,
+            relative=compares(settings.fluency),
             coverage=settings.coverage,
             boots=settings.boots,
             permutations=settings.permutations,
@@ -155,13 +164,17 @@ def run(
             folder,
             result,
             off,
+            {arm.name: _facts(arm) for arm in arms},
             controls=controls,
-            behaviour=settings.behaviour_name or settings.judge,
+            behaviour=settings.behaviour,
             judges=(settings.judge, settings.fluency),
             unit=settings.unit,
             coverage=settings.coverage,
+            broken=steered.broken,
         )
-        both = np.concatenate([~np.isnan(shown[dose] * fluent[dose]) for dose in shown])
+        if steered.broken:
+            current.ledger.failed[BROKE] = len(steered.broken) * len(prompts)
+        both = np.concatenate([~np.isnan(shown[dose] * fluent[dose]) for dose in replies])
         current.ledger.ok = int(both.sum())
         if not both.all():
             current.ledger.skipped["no score"] = int((~both).sum())
@@ -204,6 +217,9 @@ def _check_vectors(settings: CompareSection, vectors: Mapping[str, SteeringVecto
             f"({settings.random} are: {drawn[0]} to {drawn[-1]}).",
             then="Give the vector another name, or set compare.random=0.",
         )
+    for one in vectors.values():
+        if settings.unit == "latent":
+            step_of(one, "latent")  # which nothing here could measure
     check_names([name for arm in (*vectors, *drawn) for name in _arm_names(arm, settings)])
     for name in settings.attributes:
         if not NAME.fullmatch(name):
@@ -220,52 +236,38 @@ def _arm_names(name: str, settings: CompareSection) -> list[str]:
     return [name] if len(methods) == 1 else [f"{name}, method {method}" for method in methods]
 
 
-def _check_judges(settings: CompareSection) -> None:
-    """Make the judges before the work that would be lost on one that cannot be made."""
-    attributes = {
-        f"compare.attributes.{name}.judge": one.judge for name, one in settings.attributes.items()
-    }
-    for key, name in {"compare.judge": settings.judge, **attributes}.items():
-        if compares(name):
-            raise ConfigError(
-                f"{key}={name}: this judge compares replies with the model's own, so it tells "
-                "fluency and nothing else.",
-                then=f"Set compare.fluency={name}, and {key} to another judge.",
-            )
-    make_judge(settings.judge, settings.judge_options, "compare.judge")
-    if not compares(settings.fluency):
-        make_judge(settings.fluency, settings.fluency_options, "compare.fluency")
-    for name, one in settings.attributes.items():
-        make_judge(one.judge, one.options, f"compare.attributes.{name}.judge")
-
-
 def _arms(
     settings: CompareSection,
     vectors: Mapping[str, SteeringVector],
     model: ModelAdapter,
     prompts: Sequence[Example],
 ) -> list[Arm]:
-    """Return every vector under every method, random directions after them."""
+    """Return every vector under every method, random directions after them.
+
+    A random direction has the place and the lengths of the first vector.
+    """
     first = next(iter(vectors.values()))
     drawn = {
         f"{RANDOM}_{n}": random_vector(
             first.d_model, first.site, norm=first.norm, seed=settings.seed, draw=n
-        )
+        ).with_norms(**first.norms)
         for n in range(1, settings.random + 1)
     }
     every = {**vectors, **drawn}
-    if settings.unit == "residual":
-        # One measure for all, on these prompts: alphas of different vectors are then comparable.
-        norms = {
-            site: residual_norm(model, site, prompts) for site in {v.site for v in every.values()}
-        }
-        every = {name: one.with_norms(residual=norms[one.site]) for name, one in every.items()}
+    # One measure for all, on these prompts: alphas of different vectors are then comparable.
+    norms = {site: residual_norm(model, site, prompts) for site in {v.site for v in every.values()}}
+    every = {name: one.with_norms(residual=norms[one.site]) for name, one in every.items()}
     methods = tuple(dict.fromkeys(settings.methods))
     return [
         Arm(named, one, method, settings.unit, settings.where)
         for name, one in every.items()
         for named, method in zip(_arm_names(name, settings), methods, strict=True)
     ]
+
+
+def _facts(arm: Arm) -> WayFacts:
+    length = float(step_of(arm.vector, arm.unit).norm()) / arm.vector.norms["residual"]
+    return WayFacts(length, trust_of(arm.vector))
 
 
 def _off_targets(
@@ -279,7 +281,7 @@ def _off_targets(
     safe: Sequence[Example],
     folder: Path,
 ) -> OffTargets:
-    """Return what else every way does, at the strength that was chosen for it.
+    """Return what else every way that steers does, at the strength that was chosen for it.
 
     On the prompts that had no part in choosing it, as everything that is reported.
     """
@@ -287,7 +289,7 @@ def _off_targets(
     replies = {dose: [texts[n] for n in result.reported] for dose, texts in replies.items()}
     clusters = names_to_codes([prompt.group for prompt in prompts])
     by_name = {arm.name: arm for arm in arms}
-    chosen = {way.name: _dose(way) for way in result.ways}
+    chosen = {way.name: Dose(way.name, way.best.alpha) for way in result.ways if way.steers}
     latents = {}
     if sae is not None:
         site = check_sae(sae, model)
@@ -302,16 +304,19 @@ def _off_targets(
         for name, dose in chosen.items():
             arm = by_name[name]
             edit = steer(arm.vector, dose.alpha, method=arm.method, unit=arm.unit, where=arm.where)
-            costs[name] = harmless_cost(
-                model,
-                arm.vector.site,
-                edit if dose.alpha else None,
-                safe,
-                name=f"{name} at alpha {dose.alpha:g}",
-                as_reply=arm.where in IN_REPLY,
-                boots=settings.boots,
-                seed=settings.seed,
-            )
+            try:
+                costs[name] = harmless_cost(
+                    model,
+                    arm.vector.site,
+                    edit,
+                    safe,
+                    name=f"{name} at alpha {dose.alpha:g}",
+                    as_reply=arm.where in IN_REPLY,
+                    boots=settings.boots,
+                    seed=settings.seed,
+                )
+            except NumericError as error:  # its replies are sound, and so are the other ways
+                log.warning("%s What it costs there is not told.", error.message)
     attributes = _attributes(settings, chosen, prompts, replies, folder / "scores" / "attributes")
     shifts = attribute_shifts(
         attributes.pop(PLAIN.arm),
@@ -346,10 +351,6 @@ def _attributes(
     return found
 
 
-def _dose(way: Way) -> Dose:
-    return PLAIN if way.best.alpha == 0 else Dose(way.name, way.best.alpha)
-
-
 def _targets(vector: SteeringVector, sae: SparseAutoencoder, alpha: float) -> dict[int, float]:
     """Return the latents that a vector moves at alpha by how it was made, up where above 0."""
     if vector.method not in TARGETED:
@@ -366,7 +367,7 @@ def _digest(vector: SteeringVector) -> str:
         "site": vector.site.name,
         "method": vector.method,
         "norms": dict(vector.norms),
-        "targets": [vector.provenance.get(key) for key in ("sae_xxh3_128", "latents")],
+        "targets": [vector.provenance.get(key) for key in ("sae_xxh3_128", "latents", "held_out")],
     }
     return fsio.digest_bytes(
         vector.values.numpy().tobytes() + fsio.dump_json_line(facts).encode("utf-8")

@@ -1,22 +1,34 @@
-"""steer generate: what a model replies, plain and steered, without a run on disk."""
+"""steer generate: what a model replies, plain and steered, without a run to resume."""
 
 import io
+import logging
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from saefty import fsio
 from saefty.config import Config, build_config
 from saefty.data.base import DataSection
 from saefty.errors import ConfigError
-from saefty.interventions.steer import UNIT_WORDS, steer
+from saefty.interventions.steer import UNIT_WORDS, steer, step_of
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.records import Example
+from saefty.runs import RunSection, run_folder
+from saefty.sae_ts.scale import residual_norm
 from saefty.stages.base import open_data, open_model
-from saefty.steering import check_prompts
+from saefty.steering import check_places, check_prompts
 from saefty.steering_inputs import Given
 from saefty.steering_settings import VectorSection
 
+log = logging.getLogger(__name__)
+
+SHOWN = 10
+"""Prompts that a terminal shows, at most."""
+NEGLIGIBLE = 0.02
+"""Mean residual norms below which what is added hardly changes a reply."""
 LEAST_WIDTH = 24
 """Characters of a column below which replies stand one under the other."""
 
@@ -76,13 +88,17 @@ def replies(cfg: GenerateConfig, *, model: ModelAdapter | None = None) -> dict[s
         model: A model that is loaded already; None loads it.
 
     Raises:
-        ConfigError: If there is no alpha, or both or neither of prompts and a file.
+        ConfigError: If there is no alpha, both or neither of prompts and a file, or no token at the
+            places to act at.
         InputError: If a prompt is empty or longer than the context.
         SaeftyError: As the loaders of vector, model and data.
     """
     settings = cfg.steer
     if not settings.alphas:
-        raise ConfigError("there is no alpha to steer with.", then="Give one: --alpha 8.")
+        raise ConfigError(
+            "there is no alpha to steer with.",
+            then="Give one: --unit residual --alpha 0.5 adds half of what activations are long.",
+        )
     if bool(cfg.prompts) == (cfg.data is not None):
         both = "are both given" if cfg.prompts else "are both missing"
         raise ConfigError(
@@ -99,7 +115,20 @@ def replies(cfg: GenerateConfig, *, model: ModelAdapter | None = None) -> dict[s
     name = given.model_section(chosen).name
     section = build_config(ModelSection, {"name": name, "dtype": cfg.dtype, "device": cfg.device})
     model = model or open_model(section, [given.vector.site])
+    check_places(
+        settings.where, model, prompts, settings.max_new_tokens, skip=settings.skip_special
+    )
     vector = given.fitted(model, prompts)
+    residual = residual_norm(model, vector.site, prompts)
+    lengths = [
+        alpha * float(step_of(vector, settings.unit).norm()) / residual for alpha in settings.alphas
+    ]
+    for alpha, length in zip(settings.alphas, lengths, strict=True):
+        if 0 < abs(length) < NEGLIGIBLE:
+            log.warning(
+                "alpha = %g adds %.2g of the mean residual norm, which hardly changes anything; "
+                "--unit residual counts in such norms, and 0.3 to 1 is usual", alpha, length,
+            )  # fmt: skip
     drawn: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
@@ -127,6 +156,8 @@ def replies(cfg: GenerateConfig, *, model: ModelAdapter | None = None) -> dict[s
         "unit": settings.unit,
         "norms": dict(vector.norms),
         "alphas": list(settings.alphas),
+        "residual": residual,
+        "residual_norms": lengths,
         "replies": [
             {
                 "prompt": prompt.prompt,
@@ -138,12 +169,46 @@ def replies(cfg: GenerateConfig, *, model: ModelAdapter | None = None) -> dict[s
     }
 
 
-def shown(found: dict[str, Any], width: int | None = None) -> str:
+def check_file(path: Path | None) -> None:
+    """Refuse a file for the replies that is there already, before there are any.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if path is not None and path.exists():
+        raise ConfigError(
+            f"{path} is there already, and replies would be written over it.",
+            then="Give another --out, or move it away.",
+        )
+
+
+def keep(found: Mapping[str, Any], path: Path | None) -> Path | None:
+    """Write replies to a file, a line a prompt; return where, None if all are shown anyway.
+
+    Args:
+        found: What `replies` returned.
+        path: The file; None makes one below `artifacts` where there are more than are shown.
+
+    Raises:
+        DiskError: If it cannot be written.
+    """
+    if path is None:
+        if len(found["replies"]) <= SHOWN:
+            return None
+        path = run_folder(RunSection(), "steer_generate") / "replies.jsonl"
+    facts = {key: value for key, value in found.items() if key != "replies"}
+    lines = [fsio.dump_json_line({**one, **facts}) for one in found["replies"]]
+    fsio.commit_text(path, "".join(lines))
+    return path
+
+
+def shown(found: Mapping[str, Any], width: int | None = None, kept: Path | None = None) -> str:
     """Return replies as text: plain and steered in columns, where they have room.
 
     Args:
         found: What `replies` returned.
         width: Characters in a line; None takes the terminal's.
+        kept: Where all of them were written; without, all are shown.
     """
     from rich import box
     from rich.console import Console
@@ -151,20 +216,20 @@ def shown(found: dict[str, Any], width: int | None = None) -> str:
     from rich.text import Text
 
     width = width or shutil.get_terminal_size((100, 24)).columns
-    names = ["plain", *(f"alpha = {alpha:g}" for alpha in found["alphas"])]
+    pairs = zip(found["alphas"], found["residual_norms"], strict=True)
+    names = ["plain", *(f"alpha = {alpha:g} ({length:.2g} norms)" for alpha, length in pairs)]
     unit = UNIT_WORDS[found["unit"]]
-    if found["unit"] == "residual":
-        unit += f" ({found['norms']['residual']:.4g}, measured on these prompts)"
-    elif found["unit"] == "latent":
+    if found["unit"] == "latent":
         unit += f" ({found['norms']['latent']:.4g})"
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=None, highlight=False)
     head = (
         f"{found['model']}: {found['vector']} vector at {found['site']}, method "
-        f"{found['method']}, alpha {unit}"
+        f"{found['method']}, alpha {unit}; the mean residual norm is {found['residual']:.4g}, "
+        "measured on these prompts"
     )
     console.print(Text(head))
-    for one in found["replies"]:
+    for one in found["replies"][: SHOWN if kept else None]:
         console.print(Text(f"\n> {one['prompt']}"))
         texts = [Text(text) for text in (one["plain"], *one["steered"])]
         beside = width // len(names) >= LEAST_WIDTH
@@ -179,4 +244,8 @@ def shown(found: dict[str, Any], width: int | None = None) -> str:
             for name, text in zip(names, texts, strict=True):
                 table.add_row(Text(name), text)
         console.print(table)
+    if kept:
+        hidden = len(found["replies"]) - SHOWN
+        console.print(Text(f"\n{hidden} more prompts; all are in {kept}" if hidden > 0 else
+                           f"\nAll are in {kept}"))  # fmt: skip
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

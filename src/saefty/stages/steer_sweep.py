@@ -8,9 +8,8 @@ from saefty.baselines import names_to_codes
 from saefty.config import Config, config_tree
 from saefty.data.base import DataSection
 from saefty.engine import ThreadsSection
-from saefty.errors import ConfigError
 from saefty.interventions.vectors import SteeringVector
-from saefty.judges.base import judge_record, make_judge
+from saefty.judges.base import judge_record
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.records import Example
 from saefty.runs import Run, RunSection, run_folder
@@ -23,10 +22,10 @@ from saefty.stages.base import (
     open_model,
     settle_threads,
 )
-from saefty.steering import PLAIN, Arm, Sampling, check_prompts, gather, replies_under
+from saefty.steering import Arm, Sampling, check_prompts, gather, replies_under
 from saefty.steering_inputs import Given
-from saefty.steering_report import SweepResult, write_sweep
-from saefty.steering_scores import Kind, compares, judge_of, judged, points_of, reasons
+from saefty.steering_report import BROKE, SweepResult, write_sweep
+from saefty.steering_scores import check_judges, compares, points_of, reasons, scores_of
 from saefty.steering_settings import SweepSection, alpha_grid
 
 log = logging.getLogger(__name__)
@@ -66,12 +65,13 @@ def run(
 
     Raises:
         ConfigError: If the grid has no spread, or a judge cannot be made.
-        InputError: If a prompt is empty or longer than the context.
+        InputError: If a prompt is empty or longer than the context, or no reply could be scored.
+        NumericError: If every strength turns the logits to NaN.
         SaeftyError: As the loaders of vector, model and data.
     """
     settings = cfg.steer
     alphas = alpha_grid(settings)
-    _check_judges(settings)
+    check_judges(settings, "steer")
     given = Given(settings)
     prompts = open_data(cfg.data, examples)
     check_prompts(prompts)
@@ -97,24 +97,18 @@ def run(
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size
         )
-        replies = replies_under(model, prompts, arms, alphas, sampling, folder / "replies")
-        gather(folder / "replies.jsonl", prompts, replies)
-        unsteered = replies[PLAIN]
-        kinds: dict[Kind, tuple[str, dict[str, Any], str]] = {
-            "behaviour": (settings.judge, settings.judge_options, "steer.judge"),
-            "fluency": (settings.fluency, settings.fluency_options, "steer.fluency"),
-        }
-        scores, missing = {}, {}
-        for kind, (name, options, key) in kinds.items():
-            judge = judge_of(name, options, key, model, unsteered)
-            scores[kind] = judged(judge, kind, prompts, replies, folder / "scores")
-            missing[kind] = reasons(kind, folder / "scores")
+        steered = replies_under(model, prompts, arms, alphas, sampling, folder / "replies")
+        gather(folder / "replies.jsonl", prompts, steered)
+        scores = scores_of(settings, "steer", model, prompts, steered, folder / "scores")
+        missing = {kind: reasons(kind, folder / "scores") for kind in scores}
         points = points_of(
             scores["behaviour"],
             scores["fluency"],
             names_to_codes([prompt.group for prompt in prompts]),
             boots=settings.boots,
             seed=settings.seed,
+            relative=compares(settings.fluency),
+            broken=steered.broken,
         )
         result = SweepResult(
             arms=tuple(arms),
@@ -122,8 +116,8 @@ def run(
             anchors=settings.anchors,
             points=tuple(points),
             missing=missing,
-            behaviour=settings.behaviour_name or settings.judge,
-            judges={kind: name for kind, (name, _, _) in kinds.items()},
+            behaviour=settings.behaviour,
+            judges={"behaviour": settings.judge, "fluency": settings.fluency},
             prompts=len(prompts),
             coverage=settings.coverage,
             facts=_facts(arms[0].vector, settings),
@@ -132,6 +126,8 @@ def run(
         current.ledger.ok = sum(point.behaviour.told.judged for point in points)
         for why, n in missing["behaviour"].items():
             current.ledger.skipped[why] = n
+        if steered.broken:
+            current.ledger.failed[BROKE] = len(steered.broken) * len(prompts)
         current.finish(figures)
     return Outcome("steer sweep", folder, figures)
 
@@ -148,19 +144,6 @@ def _arms(settings: SweepSection, vector: SteeringVector) -> list[Arm]:
         )
         for method in dict.fromkeys(settings.methods)
     ]
-
-
-def _check_judges(settings: SweepSection) -> None:
-    """Make the judges before the work that would be lost on one that cannot be made."""
-    if compares(settings.judge):
-        raise ConfigError(
-            f"steer.judge={settings.judge} compares replies with the model's own, so it tells "
-            "fluency and not behaviour.",
-            then=f"Set steer.fluency={settings.judge}, and steer.judge to another judge.",
-        )
-    make_judge(settings.judge, settings.judge_options, "steer.judge")
-    if not compares(settings.fluency):
-        make_judge(settings.fluency, settings.fluency_options, "steer.fluency")
 
 
 def _facts(vector: SteeringVector, settings: SweepSection) -> dict[str, Any]:

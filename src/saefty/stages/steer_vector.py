@@ -19,6 +19,7 @@ from saefty.sae_ts.scale import residual_norm
 from saefty.sae_ts.vectors import Fit, targeted_vector
 from saefty.saes.base import SparseAutoencoder
 from saefty.steering_vectors import (
+    POOLING,
     Pooling,
     caa_vector,
     check_sae,
@@ -42,8 +43,25 @@ NEEDS = {
     "pseudo_inverse": ("effects", "latents"),
     "random": ("like",),
 }
-FLAGS = {"sae": "--sae", "latents": "--latent", "effects": "--effects", "like": "--like",
-         "model": "--model"}  # fmt: skip
+FITTED = ("sae", "sae_id", "layer", "latents", "effects", "lam", "fit", "penalty", "seed")
+TAKES: dict[str, tuple[str, ...]] = {
+    "decoder": ("sae", "sae_id", "layer", "latents"),
+    "caa": ("layer", "hook_point", "pooling"),
+    "latent_difference": ("sae", "sae_id", "layer", "pooling", "top"),
+    "sae_ts": FITTED,
+    "rotation": FITTED,
+    "pseudo_inverse": FITTED,
+    "random": ("like", "seed", "layer", "hook_point"),
+}
+"""Which settings mean something to each method; `method` and `norm` do to all."""
+CONTRASTS = ("caa", "latent_difference")
+
+
+def flag_of(key: str) -> str:
+    """Return the option of the command line that sets a key."""
+    return "--" + {"alphas": "alpha", "latents": "latent", "lam": "lambda"}.get(
+        key, key.replace("_", "-")
+    )
 
 
 class MakingSection(Config):
@@ -83,7 +101,8 @@ class MakingSection(Config):
     """Of the ridge fit; None chooses it by leaving vectors out."""
 
     pooling: Pooling | None = None
-    """Which tokens of the contrast texts count: `last` (caa), `response` or `mean` (latents)."""
+    """Which tokens of the contrast texts count: the `mean` over all, where None is set; those of
+    the `response`; the `last`, which Rimsky et al. (2024) take of answers to multiple choice."""
 
     top: int | None = Field(default=None, gt=0)
     """For latent_difference: only the latents that differ most."""
@@ -155,13 +174,14 @@ def _made(
     """Return the vector and the SAE it was made with, if any."""
     targets = parse_targets(making.latents)
     if making.method == "random":
-        like = load_vector(making.like or "")
+        place = None if making.layer is None else Site(making.layer, making.hook_point)
+        like = load_vector(making.like or "", place, how="Name its block too: --layer 20.")
         return random_vector(like.d_model, like.site, norm=like.norm, seed=making.seed), None
     if making.method == "caa":
         assert model is not None  # `_check_needs` has seen to it
         site = Site(making.layer or 0, making.hook_point)
         model.info.check_sites([site])
-        return caa_vector(model, site, *sides, pooling=making.pooling or "last"), None
+        return caa_vector(model, site, *sides, pooling=making.pooling or POOLING), None
     if making.method in ("decoder", "latent_difference"):
         sae = open_sae(making.sae or "", making.sae_id, making.layer)
         if making.method == "decoder":
@@ -169,7 +189,7 @@ def _made(
                 check_sae(sae, model)
             return decoder_vector(sae, targets), sae
         assert model is not None  # as above
-        pooling = making.pooling or "mean"
+        pooling = making.pooling or POOLING
         return latent_difference(model, sae, *sides, top=making.top, pooling=pooling), sae
     assert making.method != "decoder"
     assert making.method != "latent_difference"
@@ -194,23 +214,38 @@ def _made(
 
 
 def _check_needs(cfg: VectorConfig, model: ModelAdapter | None) -> None:
-    """Refuse what a method cannot do without, before anything is loaded."""
-    making = cfg.vector
+    """Refuse what a method cannot do without, or does nothing with, before anything is loaded."""
+    making, method = cfg.vector, cfg.vector.method
     given = {**making.model_dump(), "model": cfg.model or model}
-    missing = [FLAGS[name] for name in NEEDS[making.method] if not given[name]]
-    if making.method == "caa" and making.layer is None:
+    missing = [flag_of(name) for name in NEEDS[method] if not given[name]]
+    if method == "caa" and making.layer is None:
         missing.append("--layer")
     if missing:
         raise ConfigError(
-            f"the method {making.method} needs {' and '.join(missing)}.",
-            then="Give it; saefty steer vector --help shows an example of each method.",
+            f"the method {method} needs {' and '.join(missing)}.",
+            then="Give it; saefty steer vector --help says what each method needs.",
+        )
+    asked = [name for name in sorted(making.model_fields_set) if given[name] not in (None, ())]
+    idle = [flag_of(name) for name in asked if name not in (*TAKES[method], "method", "norm")]
+    if method not in CONTRASTS:
+        idle += [f"--{side}" for side in ("positive", "negative") if getattr(cfg, side)]
+    if making.penalty is not None and making.fit != "ridge":
+        idle.append(f"--penalty with --fit {making.fit}")
+    if cfg.texts and not given["model"]:
+        idle.append("--texts without --model, which reads them,")
+    if idle:
+        sides = ("--positive", "--negative") if method in CONTRASTS else ()
+        takes = [*map(flag_of, TAKES[method]), *sides, "--norm", "--model", "--texts"]
+        raise ConfigError(
+            f"{' and '.join(idle)} would do nothing for the method {method}.",
+            then=f"Leave it out; {method} takes {', '.join(takes)}.",
         )
 
 
 def _sides(cfg: VectorConfig) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return the contrast texts; both sides, where the method takes them."""
     read = [load_examples(side) if side else [] for side in (cfg.positive, cfg.negative)]
-    if cfg.vector.method in ("caa", "latent_difference"):
+    if cfg.vector.method in CONTRASTS:
         return contrast(*read)
     return read[0], read[1]
 

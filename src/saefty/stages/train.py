@@ -9,6 +9,7 @@ from pydantic import Field
 
 from saefty import fsio
 from saefty.config import Config, build_config, config_tree
+from saefty.encoding import in_words
 from saefty.engine import ThreadsSection
 from saefty.errors import InputError, MismatchError
 from saefty.fidelity import measure_loss_recovered
@@ -90,7 +91,7 @@ def run(
             cfg.train,
             cfg.optimizer,
             folder,
-            metadata={"model_name": store.manifest.get("model_name") or None},
+            metadata=_facts_of(store),
             threads=cfg.engine.threads,
         )
         _add_loss_recovered(cfg, store, trained, model)
@@ -100,6 +101,12 @@ def run(
             log.info("%s: %s", name, _in_words(measured))
         current.finish(figures)
     return Outcome("train", folder, figures)
+
+
+def _facts_of(store: ActivationStore) -> dict[str, Any]:
+    """Return what each SAE's cfg.json says of the rows it was trained on."""
+    contrast = {} if store.contrast is None else {"contrast": store.contrast}
+    return {"model_name": store.manifest.get("model_name") or None, **contrast}
 
 
 def _add_loss_recovered(
@@ -140,6 +147,8 @@ def _add_loss_recovered(
 def _why_not(cfg: TrainConfig, store: ActivationStore) -> str | None:
     if not cfg.train.loss_recovered_examples:
         return "train.loss_recovered_examples is 0"
+    if store.contrast is not None:
+        return f"the store's rows are {in_words(store.contrast)}, not what the model computes"
     if store.manifest.get("pooling") != "none":
         return "the store's rows are pooled, so the SAE has no place in the forward pass"
     if not (store.folder / METADATA).exists():

@@ -41,6 +41,9 @@ BLOCK_ROWS = 64
 GROUP_ROWS = 16_384
 """Rows that are read at once and permuted in memory."""
 
+UNKNOWN = "unknown"
+"""Method and scope of a contrast whose files do not say them."""
+
 RowTable = dict[str, np.ndarray]
 
 
@@ -104,6 +107,11 @@ class ActivationStore(StoreReader):
     def n_rows(self) -> int:
         """Rows of each layer."""
         return int(self._starts[-1])
+
+    @property
+    def contrast(self) -> dict[str, str] | None:
+        """Method and scope of a store of differences h_on - h_off; None for plain activations."""
+        return self.manifest.get("contrast")
 
     def site(self, layer: int) -> Site:
         """Return the place in the model at which a layer was read."""

@@ -3,10 +3,12 @@
     layer_<i>_shard_<n:05d>.npz   x [rows, d_in], example_id, token_pos, token_id, role, label
 
 `x` is float32 where the store is bfloat16, which NumPy does not have; `label` is 1 for harmful, 0
-for harmless and -1 where it is not known. The array may also be called `delta` when read. Files are
-written and read without pickle.
+for harmless and -1 where it is not known. Of a contrast h_on - h_off the array is called `delta`,
+and `contrast` names its method and scope; files with a `delta` alone are read as a contrast whose
+method is unknown. Files are written and read without pickle.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +21,29 @@ from saefty import fsio
 from saefty.errors import InputError
 from saefty.npzfile import read_npz
 from saefty.records import ROLES, Site
-from saefty.stores.activations import ROW_COLUMNS, ActivationStore, RowTable, commit_activations
+from saefty.stores.activations import (
+    ROW_COLUMNS,
+    UNKNOWN,
+    ActivationStore,
+    RowTable,
+    commit_activations,
+)
 from saefty.stores.base import EXAMPLES, StoreWriter
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"layer_(\d+)_shard_(\d{5})\.npz")
 VALUES = ("x", "delta")
+CONTRAST = ("method", "scope")
+SAME_ROWS = ("example_id", "token_pos")
 
 
 def export_npz(store: ActivationStore, out: Path) -> list[Path]:
     """Write every shard of a store as one `.npz` file a layer; return their paths."""
     examples = store.examples()
     ids = np.array([str(example["example_id"]) for example in examples])
+    contrast = store.contrast
+    values_name = "x" if contrast is None else "delta"
     labels = np.array([-1 if e["label"] is None else int(e["label"]) for e in examples], np.int8)
     written = []
     for index in range(len(store.pieces)):
@@ -42,12 +56,14 @@ def export_npz(store: ActivationStore, out: Path) -> list[Path]:
             "role": np.array(ROLES)[rows.array("role")],
             "label": labels[example],
         }
+        if contrast is not None:
+            columns["contrast"] = np.array([contrast[key] for key in CONTRAST])
         for layer in store.layers:
             x = store.shard(layer, index)
             values = x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
             path = out / f"layer_{layer}_shard_{index:05d}.npz"
             with fsio.staged(path) as temporary:
-                np.savez(temporary, allow_pickle=False, x=values, **columns)
+                np.savez(temporary, allow_pickle=False, **{values_name: values}, **columns)
             written.append(path)
     return written
 
@@ -61,8 +77,8 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
         hook_point: Where the activations were read.
 
     Raises:
-        InputError: If there are no such files, layers have different shards or rows, or an array
-            is missing or not finite.
+        InputError: If there are no such files, layers have different shards or rows, an array is
+            missing or not finite, or activations and contrasts are mixed.
         UnsafeArtifactError: If a file would need pickle, or claims to be larger than 8 GiB.
     """
     shards: dict[int, dict[int, Path]] = {}
@@ -77,6 +93,7 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
     prints = {p.name: fsio.digest(p) for files in shards.values() for p in files.values()}
     writer = StoreWriter(folder, "activations", fsio.digest_bytes(fsio.dump_json(prints).encode()))
     records, width, dtype = [], 0, "float32"
+    contrasts: dict[tuple[str, ...] | None, str] = {}
     for piece, number in enumerate(sorted(shards)):
         missing = sorted(set(layers) - set(shards[number]))
         if missing:
@@ -89,9 +106,12 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
                     f"shard {number}: layer {layer} has {len(held['x'])} rows, but layer "
                     f"{layers[0]} has {len(rows['example'])}."
                 )
+            _refuse_other_rows(arrays[layers[0]], held, number, (layers[0], layer))
+            contrasts.setdefault(_contrast_of(held), shards[number][layer].name)
         x = {layer: torch.from_numpy(held["x"]) for layer, held in arrays.items()}
         width, dtype = x[layers[0]].shape[1], str(x[layers[0]].dtype).removeprefix("torch.")
         records.append(commit_activations(writer, piece, x, rows, {"masked": {}}))
+    contrast = _only(contrasts)
     lines = "".join(fsio.dump_json_line(record) for record in known.values())
     fsio.commit_text(folder / EXAMPLES, lines)
     facts = {
@@ -103,8 +123,58 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
         "model_name": "",
         "n_rows": sum(record["rows"] for record in records),
         "masked": {},
+        **({} if contrast is None else {"contrast": dict(zip(CONTRAST, contrast, strict=True))}),
     }
     writer.finish(records, facts, [EXAMPLES])
+
+
+def _contrast_of(held: dict[str, np.ndarray]) -> tuple[str, ...] | None:
+    """Return method and scope of what a file holds; None for plain activations."""
+    if "delta" not in held:
+        return None
+    said = held.get("contrast")
+    if said is None or said.shape != (len(CONTRAST),) or said.dtype.kind != "U":
+        return (UNKNOWN,) * len(CONTRAST)
+    return tuple(said.tolist())
+
+
+def _only(contrasts: dict[tuple[str, ...] | None, str]) -> tuple[str, ...] | None:
+    """Return what all files hold; say so where that is a contrast of which nothing is known.
+
+    Raises:
+        InputError: If some hold activations and some contrasts, or different ones.
+    """
+    if len(contrasts) > 1:
+        held = "; ".join(
+            f"{name} {'activations (x)' if one is None else ', '.join(one) + ' (delta)'}"
+            for one, name in contrasts.items()
+        )
+        raise InputError(
+            f"the files do not hold the same kind of rows: {held}.",
+            then="Import them into stores of their own.",
+        )
+    (contrast,) = contrasts
+    if contrast is not None and UNKNOWN in contrast:
+        log.warning(
+            "the files hold contrasts (delta), but do not say of which method and scope; the store "
+            "says %s", UNKNOWN,
+        )  # fmt: skip
+    return contrast
+
+
+def _refuse_other_rows(
+    first: dict[str, np.ndarray], held: dict[str, np.ndarray], shard: int, layers: tuple[int, int]
+) -> None:
+    for name in SAME_ROWS:
+        one, other = first.get(name), held.get(name)
+        if one is None or other is None or np.array_equal(one, other):
+            continue
+        place = int(np.flatnonzero(one != other)[0])
+        raise InputError(
+            f"shard {shard}: row {place} is {name} {one[place]} in layer {layers[0]}, but "
+            f"{other[place]} in layer {layers[1]}: layers with different rows are no one store.",
+            then="Import each layer into a store of its own, or write the rows in one order.",
+        )
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
