@@ -7,15 +7,16 @@ import pytest
 from saefty import fsio
 from saefty.gating import (
     Condition,
+    Silencer,
     conditions,
     match_controls,
     measure_gating,
     reply_under,
 )
-from saefty.harm_evaluation import GateResult, LayerResult
-from saefty.harm_report import _gate_section
 from saefty.models.base import ModelAdapter
 from saefty.records import Example, Site
+from saefty.silencing import GateResult
+from saefty.silencing_report import gate_section
 
 
 def test_a_control_is_the_nearest_in_activity_that_does_not_track_harm():
@@ -129,7 +130,7 @@ def sae():
 
 def reply(model, sae, folder: Path):
     settings = {"max_new_tokens": 2, "seed": 0, "batch_size": 4}
-    return reply_under(model, sae, PROMPTS, [NONE, ONE], folder, **settings)
+    return reply_under(model, Silencer.of(sae), PROMPTS, [NONE, ONE], folder, **settings)
 
 
 def test_replies_on_disk_are_not_generated_again(tmp_path, sae):
@@ -162,10 +163,8 @@ def test_the_curve_is_not_drawn_from_fewer_than_95_scores_in_100(tmp_path, caplo
         seed=0, boots=100,
     )  # fmt: skip
     gating = GateResult(tuple(points), (3,), (), "refusal", "perplexity")
-    result = object.__new__(LayerResult)
-    object.__setattr__(result, "layer", 1)
     with caplog.at_level("WARNING"):
-        section = _gate_section(tmp_path, result, gating, "")
+        section = gate_section(tmp_path, 1, gating, "")
     assert bool(section.figure) == drawn == bool(list(tmp_path.rglob("*.png")))
     if not drawn:
         said = f"{20 - missing} of 20 replies have a score"

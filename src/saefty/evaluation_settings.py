@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from saefty.config import Config
 
@@ -18,7 +18,8 @@ class EvalSection(Config):
     """With `eval.store`: a training run or an SAE, applied to the store on the way."""
 
     store: str | None = None
-    """With `eval.sae`: an activation store, a run's folder or `latest`."""
+    """An activation store, a run's folder or `latest`: what `eval.sae` encodes. Beside
+    `eval.features`: activations of the same examples, which the model need not read again."""
 
     layers: tuple[int, ...] | None = None
     """Layers to evaluate; None takes all in the store."""
@@ -49,13 +50,25 @@ class EvalSection(Config):
 
 
 class InterventionSection(Config):
-    """What to silence in the real forward pass, and how to judge the replies."""
+    """What to silence, in the stored activations and in the real forward pass."""
 
     enabled: bool = True
-    """Whether to run the model at all."""
+    """Whether to silence latents at all."""
 
-    method: Literal["gate"] = "gate"
-    """`gate` takes what the latents contribute out of the activations."""
+    forward: bool = True
+    """Also silence them while the model replies, which needs the model; False stays with the
+    stored activations."""
+
+    method: Literal["gate", "subtract"] = "gate"
+    """`gate` takes what the latents contribute out of the activations, `subtract` takes out
+    `intervention.strength` times as much; with a strength of 1 the two are the same."""
+
+    strength: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Of `subtract`: c in h - c Σ z_k W_k; above 1 it over-corrects. `gate` is c = 1."""
+
+    false_alarms: float = Field(default=0.05, gt=0, lt=1)
+    """Where a probe calls an activation harmful: at this share of harmless examples of the
+    selection half."""
 
     latents: tuple[int, ...] | None = None
     """Which latents to silence, in this order; None takes those that pass both tests of the
@@ -84,6 +97,21 @@ class InterventionSection(Config):
 
     batch_size: int = Field(default=32, gt=0)
     """Most prompts in one forward pass."""
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> "InterventionSection":
+        if self.method == "gate" and self.strength != 1.0:
+            raise ValueError(
+                f"intervention.strength is {self.strength:g}, but intervention.method=gate takes "
+                "out what latents contribute exactly once; set intervention.method=subtract, or "
+                "leave the strength at 1"
+            )
+        if not self.counts or min(self.counts) < 1:
+            raise ValueError(
+                "intervention.counts says how many latents to silence, one after the other, each "
+                f"at least 1, not {list(self.counts)}"
+            )
+        return self
 
 
 class ProbeSection(Config):

@@ -4,25 +4,29 @@ Chosen latents are silenced in the real forward pass while the model replies, fi
 four, …; beside them, as many *control* latents that are equally active and do not track harm. If
 behaviour on harmful prompts changes with the first and not with the second, the chosen latents
 carry it. What either does to harmless prompts, and to fluency, is measured in the same replies.
+What is taken out is c times what the latents contribute; silencing is c = 1.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from saefty import fsio
-from saefty.interventions.gate import gate
+from saefty.interventions.gate import subtract
 from saefty.judges.base import Judge
 from saefty.judges.coverage import Coverage, coverage
 from saefty.log import progress
 from saefty.metrics.intervals import Bootstrap, Interval
-from saefty.models.base import ModelAdapter
-from saefty.records import Example
+from saefty.models.base import Intervention, ModelAdapter, Positions
+from saefty.records import Example, Site
 from saefty.saes.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -85,6 +89,89 @@ class GatePoint:
         return len(self.condition.latents)
 
 
+@dataclass(frozen=True)
+class Silencer:
+    """How latents are taken out of a forward pass.
+
+    Attributes:
+        sae: Whose latents.
+        site: Where it is done: what the SAE reads must lie there.
+        strength: How many times what they contribute is taken out.
+        less: The SAE reads what lies at `site` less what lies here; None: what lies at `site`.
+        spared: Tokens of each prompt that are left as they are, such as those of an image; a token
+            behind the last column is not among them.
+    """
+
+    sae: SparseAutoencoder
+    site: Site
+    strength: float = 1.0
+    less: Site | None = None
+    spared: Bool[np.ndarray, "prompts longest"] | None = None
+
+    @classmethod
+    def of(cls, sae: SparseAutoencoder, strength: float = 1.0) -> "Silencer":
+        """Return the one that acts where the SAE was trained.
+
+        Raises:
+            MismatchError: If it is a transcoder, or scales each row by itself.
+            ValueError: If the SAE does not know its site.
+        """
+        sae.require_autoencoder("gating")
+        if sae.site is None:
+            raise ValueError("the SAE does not know its site; set sae.site to where it was trained")
+        return cls(sae, sae.site, strength)
+
+    @contextmanager
+    def acting(self, model: ModelAdapter, latents: Sequence[int]) -> Iterator[None]:
+        """Silence some latents in every forward pass within the context."""
+        edit = subtract(self.sae, latents, self.strength)
+        if self.spared is not None:
+            edit = _sparing(edit, self.spared)
+        with ExitStack() as held:
+            if self.less is not None:
+                edit, remember = _of_difference(edit)
+                held.enter_context(model.intervene(self.less, remember))
+            held.enter_context(model.intervene(self.site, edit))
+            yield
+
+
+def _of_difference(edit: Intervention) -> tuple[Intervention, Intervention]:
+    """Return an edit of a place less one before it, and what notes the one before.
+
+    What it changes of the difference, it changes of the later place.
+    """
+    noted: list[Tensor] = []
+
+    def remember(
+        x: Float[Tensor, "batch seq d_model"], positions: Positions
+    ) -> Float[Tensor, "batch seq d_model"]:
+        noted[:] = [x.float()]
+        return x
+
+    def changed(
+        x: Float[Tensor, "batch seq d_model"], positions: Positions
+    ) -> Float[Tensor, "batch seq d_model"]:
+        difference = x.float() - noted.pop()
+        return x.float() + (edit(difference, positions) - difference)
+
+    return changed, remember
+
+
+def _sparing(edit: Intervention, spared: Bool[np.ndarray, "prompts longest"]) -> Intervention:
+    """Return the intervention without its effect on some tokens of the prompts."""
+    # One column more, for every token behind a prompt: none of those is spared.
+    table = torch.from_numpy(np.pad(spared, ((0, 0), (0, 1))))
+
+    def intervention(
+        x: Float[Tensor, "batch seq d_model"], positions: Positions
+    ) -> Float[Tensor, "batch seq d_model"]:
+        column = positions.index.cpu().clamp(max=table.shape[1] - 1)
+        kept = table[positions.examples.cpu()[:, None], column].to(x.device)
+        return torch.where(kept[..., None], x, edit(x, positions))
+
+    return intervention
+
+
 def match_controls(
     targets: Sequence[int],
     activity: Float[np.ndarray, "d_sae"],
@@ -130,7 +217,7 @@ def conditions(
 
 def reply_under(
     model: ModelAdapter,
-    sae: SparseAutoencoder,
+    silencer: Silencer,
     prompts: Sequence[Example],
     wanted: Sequence[Condition],
     folder: Path,
@@ -143,21 +230,14 @@ def reply_under(
 
     Args:
         model: The model.
-        sae: Whose latents are silenced; its `site` says where.
-        prompts: What to reply to.
+        silencer: Takes latents out of the forward pass.
+        prompts: What to reply to, with their images where they have any.
         wanted: The conditions.
         folder: Where replies are kept, one file a condition.
         max_new_tokens: Longest reply.
         seed: Of sampling; replies are greedy.
         batch_size: Most prompts in one forward pass.
-
-    Raises:
-        MismatchError: If it is a transcoder, or scales each row by itself.
-        ValueError: If the SAE does not know its site.
     """
-    sae.require_autoencoder("gating")
-    if sae.site is None:
-        raise ValueError("the SAE does not know its site; set sae.site to where it was trained")
     replies: dict[Condition, list[str]] = {}
     with progress("generating", len(wanted) * len(prompts), "replies") as bar:
         for condition in wanted:
@@ -165,7 +245,7 @@ def reply_under(
             if path.exists():
                 replies[condition] = [record["reply"] for record in fsio.read_lines(path)]
             if len(replies.get(condition, ())) != len(prompts):
-                with model.intervene(sae.site, gate(sae, condition.latents)):
+                with silencer.acting(model, condition.latents):
                     replies[condition] = model.generate(
                         prompts, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
                     )

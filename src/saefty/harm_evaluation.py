@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
 from saefty.baselines import (
@@ -15,53 +13,35 @@ from saefty.baselines import (
     task_of,
     text_and_latent_probes,
 )
-from saefty.errors import ConfigError, MismatchError
+from saefty.delta_gating import training_fvu
+from saefty.errors import ConfigError, MismatchError, SaeftyError
 from saefty.evaluation import LatentEvaluation, evaluate_latents
 from saefty.evaluation_inputs import encoded, labelled_examples, read_again
 from saefty.evaluation_settings import EvalSection, InterventionSection
-from saefty.gating import (
-    GatePoint,
-    conditions,
-    match_controls,
-    measure_gating,
-    reply_under,
-)
-from saefty.judges.base import JUDGES, Judge, make_judge
+from saefty.fidelity import measure_fidelity
 from saefty.metrics.firing import FiringStats, firing_stats
 from saefty.metrics.intervals import Interval
 from saefty.metrics.leaks import LeakWarning, find_leaks
 from saefty.models.base import ModelAdapter
-from saefty.probes import ProbeResult
+from saefty.probes import ProbeResult, probe_k_sparse
 from saefty.reading import ReadingSection
-from saefty.records import Site, example_from
+from saefty.records import Site
 from saefty.runs import Ledger
 from saefty.saes.base import SparseAutoencoder
+from saefty.silencing import Silenced, Silencing
 from saefty.stores.activations import ActivationStore
-from saefty.stores.features import FeatureStore
+from saefty.stores.features import FeatureStore, Key, layer_of
 
 log = logging.getLogger(__name__)
 
 K_SPARSE = 8
 """Latents that the k-sparse probe may read: as many as are usually gated."""
 
+FEWER = (1, 2, 5)
+"""How many the further k-sparse probes may read."""
 
-@dataclass(frozen=True)
-class GateResult:
-    """The causal test of one layer.
-
-    Attributes:
-        points: Every condition, the ungated one first.
-        targets: The latents whose effect is claimed, in the order in which they were silenced.
-        controls: The equally active latents beside them.
-        behaviour: What the judge looks for, in a word.
-        fluency: The judge of fluency.
-    """
-
-    points: tuple[GatePoint, ...]
-    targets: tuple[int, ...]
-    controls: tuple[int, ...]
-    behaviour: str
-    fluency: str
+FVU_ROWS = 4096
+"""Rows whose reconstruction is measured at once."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +49,36 @@ class LayerResult:
     """Everything found out about one layer's latents.
 
     Attributes:
-        layer: The block.
+        layer: The SAE: its block, or `<block>__<name>` for a further SAE of a block.
         site: Where the SAE reads, by its TransformerLens name.
         evaluation: Which latents were chosen, and how they did on the report half.
         probes: Detectors on other inputs, on the same split.
         controls: Held-out AUROC of the best latent of each control for luck.
         leaks: Shortcuts found in the data.
         firing: Activity of every latent.
-        gating: The causal test; None where it was left out.
+        pooled: The latents of every example, one row each.
+        fvu: Fraction of variance unexplained: of the store's activations, or as training measured
+            it; None where neither is known.
+        silenced: What silencing its latents does; None where that was not asked for.
         sae_folder: Where the SAE lies.
     """
 
-    layer: int
+    layer: Key
     site: str
     evaluation: LatentEvaluation
     probes: tuple[ProbeResult, ...]
     controls: Mapping[str, Interval]
     leaks: tuple[LeakWarning, ...]
     firing: FiringStats
-    gating: GateResult | None
+    pooled: csr_array
+    fvu: float | None
+    silenced: Silenced | None
     sae_folder: str | None
+
+    @property
+    def significant(self) -> int:
+        """How many latents pass all three tests of a finding."""
+        return sum(one.found for one in self.evaluation.latents)
 
 
 class HarmEvaluation:
@@ -100,8 +90,9 @@ class HarmEvaluation:
         settings: Which features to evaluate, and how.
         intervention: What to silence, and how to judge the replies.
         source: Features, or activations that are encoded first.
+        activations: With features: activations of the same examples, if there are any.
         saes: With activations, the SAE of each layer.
-        load_saes: Loads the SAEs of a folder that a feature store names.
+        load_saes: Loads the SAEs of a folder that a feature store names, those of some layers.
         model: The model, where one is needed.
         reading: How the examples were read, so that they are read alike again.
         ledger: Takes down what became of each example.
@@ -115,8 +106,9 @@ class HarmEvaluation:
         intervention: InterventionSection,
         source: ActivationStore | FeatureStore,
         *,
+        activations: ActivationStore | None = None,
         saes: Mapping[int, SparseAutoencoder],
-        load_saes: Callable[[Path], Mapping[int, SparseAutoencoder]],
+        load_saes: Callable[[Path, Sequence[int]], Mapping[int, SparseAutoencoder]],
         model: ModelAdapter | None,
         reading: ReadingSection,
         ledger: Ledger,
@@ -124,25 +116,34 @@ class HarmEvaluation:
         self.folder, self.fingerprint = folder, fingerprint
         self.settings, self.intervention = settings, intervention
         self.model, self.reading, self.ledger = model, reading, ledger
-        self.saes, self.load_saes = dict(saes), load_saes
-        self.activations: ActivationStore | None = None
+        self.saes: dict[Key, SparseAutoencoder] = dict(saes.items())
+        self.load_saes = load_saes
+        self.activations = activations
         if isinstance(source, ActivationStore):
             self.activations = source
-            self.features = encoded(source, self.saes, folder / "features", fingerprint)
+            self.features = encoded(source, saes, folder / "features", fingerprint)
         else:
             self.features = source
+            if activations is not None:
+                check_same_examples(source, activations)
         self.records = self.features.examples()
         self.data = labelled_examples(
             self.records, ledger, drop_missing=settings.drop_missing_labels, section="eval"
         )
-        self.layers = settings.layers or self.features.layers
+        wanted = settings.layers or self.features.layers
+        self.layers = [key for layer in wanted for key in self._saes_of(layer)]
 
     def run(self) -> list[LayerResult]:
         """Evaluate every layer."""
         if self.intervention.enabled:
             self._check_latents()
         embedding = self._activations_if_wanted()
-        return [self._layer(layer, embedding) for layer in self.layers]
+        return [self._layer(key, embedding) for key in self.layers]
+
+    def _saes_of(self, layer: int) -> list[Key]:
+        """Return all SAEs of a layer, the first one first."""
+        others = [key for key in self.features.codes if key != layer and layer_of(key) == layer]
+        return [layer, *others]
 
     def _check_latents(self) -> None:
         for layer in self.layers:
@@ -161,7 +162,9 @@ class HarmEvaluation:
         if not self.settings.baselines or self.model is None:
             return None
         if self.activations is None:
-            sites = [self.features.site(layer) for layer in self.layers]
+            # One place a layer: a further SAE of another hook point goes without.
+            layers = dict.fromkeys(layer_of(key) for key in self.layers)
+            sites = [self.features.site(layer) for layer in layers]
             self.activations = self._read(sites, "activations")
         return self._read([Site(0, "resid_pre")], "embedding")
 
@@ -170,9 +173,9 @@ class HarmEvaluation:
         folder = self.folder / name
         return read_again(self.records, self.model, self.reading, sites, folder, self.fingerprint)
 
-    def _layer(self, layer: int, embedding: ActivationStore | None) -> LayerResult:
-        cfg, data = self.settings, self.data
-        pooled = csr_array(self.features.pooled(layer, cfg.pooling)[data.rows])
+    def _layer(self, key: Key, embedding: ActivationStore | None) -> LayerResult:
+        cfg, data, layer = self.settings, self.data, layer_of(key)
+        pooled = csr_array(self.features.pooled(key, cfg.pooling)[data.rows])
         evaluation = evaluate_latents(
             pooled,
             data.harmful,
@@ -186,16 +189,20 @@ class HarmEvaluation:
         )
         task = task_of(data, evaluation, seed=cfg.seed, boots=cfg.boots)
         probes = text_and_latent_probes(data, pooled, task, k=min(K_SPARSE, pooled.shape[1]))
-        stats = firing_stats(self.features.chunks(layer))
-        if self.activations is not None and cfg.baselines:
+        probes[2:2] = [
+            probe_k_sparse(pooled, task, k=k) for k in FEWER if k < min(K_SPARSE, pooled.shape[1])
+        ]
+        stats = firing_stats(self.features.chunks(key))
+        activations = self._activations_of(key)
+        if activations is not None and cfg.baselines:
             where = f"layer {layer}"
-            probes += dense_probes(data, self.activations, layer, where, task)
+            probes += dense_probes(data, activations, layer, where, task)
         if embedding is not None:
             probes += dense_probes(data, embedding, 0, "embedding", task)[:1]
         controls = luck_controls(
             data,
             pooled,
-            self.activations if cfg.baselines else None,
+            activations if cfg.baselines else None,
             layer,
             d_sae=pooled.shape[1],
             l0=stats.mean_l0,
@@ -203,7 +210,7 @@ class HarmEvaluation:
             seed=cfg.seed,
             permutations=cfg.permutations,
             boots=cfg.boots,
-            signed=self.features.signed(layer),
+            signed=self.features.signed(key),
         )
         leaks = find_leaks(
             data.texts,
@@ -214,98 +221,89 @@ class HarmEvaluation:
             words_auroc=probes[0].auroc,
             seed=cfg.seed,
         )
-        gating = self._gating(layer, evaluation) if self.intervention.enabled else None
+        wanted = self.intervention.enabled
         return LayerResult(
-            layer=layer,
-            site=self.features.site(layer).name,
+            layer=key,
+            site=self.features.site(key).name,
             evaluation=evaluation,
             probes=tuple(probes),
             controls=controls,
             leaks=tuple(leaks),
             firing=stats,
-            gating=gating,
-            sae_folder=self._sae_folder(layer),
+            pooled=pooled,
+            fvu=self._fvu(key, activations),
+            silenced=self._silenced(key, evaluation, activations) if wanted else None,
+            sae_folder=self._sae_folder(key),
         )
 
-    def _gating(self, layer: int, evaluation: LatentEvaluation) -> GateResult:
-        cfg, data = self.intervention, self.data
-        assert self.model is not None  # loaded whenever an intervention is wanted
-        sae = self._sae(layer)
-        wanted = max(cfg.counts)
-        targets = list(cfg.latents) if cfg.latents is not None else evaluation.qualified(wanted)
-        activity = self._activity(layer, sae)
-        controls = match_controls(targets, activity, evaluation.scores["auroc"])
-        chosen = _balanced(data.harmful, evaluation.report, cfg.prompts, self.settings.seed)
-        prompts = [example_from(self.records[data.rows[i]]) for i in chosen]
-        replies = reply_under(
+    def _activations_of(self, key: Key) -> ActivationStore | None:
+        """Return the activations that an SAE reads; None where they are of another place."""
+        store, layer = self.activations, layer_of(key)
+        if store is None or layer not in store.layers:
+            return None
+        return store if key == layer or store.site(layer) == self.features.site(key) else None
+
+    def _silenced(
+        self, key: Key, evaluation: LatentEvaluation, activations: ActivationStore | None
+    ) -> Silenced:
+        job = Silencing(
+            self.folder, self.settings, self.intervention, self.features, self.records, self.data,
             self.model,
-            sae,
-            prompts,
-            conditions(targets, controls, cfg.counts),
-            self.folder / "intervention" / f"layer_{layer}",
-            max_new_tokens=cfg.max_new_tokens,
-            seed=self.settings.seed,
-            batch_size=cfg.batch_size,
-        )
-        points = measure_gating(
-            prompts,
-            data.harmful[chosen],
-            None if data.clusters is None else data.clusters[chosen],
-            replies,
-            make_judge(cfg.judge, cfg.judge_options),
-            self._fluency,
-            seed=self.settings.seed,
-            boots=self.settings.boots,
-        )
-        behaviour = "refusal" if "refusal" in cfg.judge else cfg.judge
-        return GateResult(tuple(points), tuple(targets), tuple(controls), behaviour, cfg.fluency)
+        )  # fmt: skip
+        return job.of(key, self._sae(key), evaluation, activations)
 
-    def _fluency(self, unsteered: Sequence[str]) -> Judge:
-        name = self.intervention.fluency
-        if name == "perplexity":
-            return JUDGES[name](self.model, unsteered)
-        return make_judge(name, self.intervention.fluency_options, "intervention.fluency")
+    def _fvu(self, key: Key, activations: ActivationStore | None) -> float | None:
+        """Return the SAE's FVU on the store's activations, else that of its training."""
+        folder = self._sae_folder(key)
+        if key not in self.saes and (folder is None or not Path(folder).is_dir()):
+            return None  # nothing is fetched for one figure
+        try:
+            sae = self._sae(key, "measuring a reconstruction")
+        except SaeftyError as error:
+            log.info("layer %s: the FVU is left out: %s", key, error.message)
+            return None
+        if activations is None:
+            return training_fvu(sae)
+        return measure_fidelity(sae, activations.batches(layer_of(key), FVU_ROWS)).fvu
 
-    def _activity(self, layer: int, sae: SparseAutoencoder) -> Float[np.ndarray, "d_sae"]:
-        """Return what each latent contributes to a token on average, as a norm in raw units."""
-        total, tokens = np.zeros(sae.d_sae), 0
-        for chunk in self.features.chunks(layer):
-            total += np.asarray(abs(chunk).sum(axis=0)).ravel()
-            tokens += chunk.shape[0]
-        return total / max(tokens, 1) * sae.W_dec.detach().norm(dim=1).cpu().numpy()
+    def _sae_folder(self, key: Key) -> str | None:
+        return self.features.manifest["saes"].get(str(key))
 
-    def _sae_folder(self, layer: int) -> str | None:
-        return self.features.manifest["saes"].get(str(layer))
-
-    def _sae(self, layer: int) -> SparseAutoencoder:
-        if layer not in self.saes:
-            source = self._sae_folder(layer)
+    def _sae(self, key: Key, use: str = "gating") -> SparseAutoencoder:
+        if key not in self.saes:
+            source = self._sae_folder(key)
             if source is None:
                 raise ConfigError(
-                    f"{self.features.folder} does not say where the SAE of layer {layer} lies.",
+                    f"{self.features.folder} does not say where the SAE of layer {key} lies.",
                     then="Encode with encode.sae=FOLDER, or set intervention.enabled=false.",
                 )
-            self.saes.update(self.load_saes(Path(source)))
-        sae = self.saes[layer]
-        assert self.model is not None
-        sae.require_autoencoder("gating")
-        if sae.d_in != self.model.d_model:
-            raise MismatchError(
-                f"the SAE of layer {layer} reads activations {sae.d_in} wide, but those of "
-                f"{self.model.name} are {self.model.d_model} wide.",
-                then="Set model.name to the model that the features were made with.",
-            )
+            layer = layer_of(key)
+            self.saes[key] = self.load_saes(Path(source), [layer])[layer]
+        sae = self.saes[key]
+        sae.require_autoencoder(use)
         return sae
 
 
-def _balanced(
-    harmful: Bool[np.ndarray, "examples"],
-    report: Bool[np.ndarray, "examples"],
-    most: int,
-    seed: int,
-) -> Int[np.ndarray, "chosen"]:
-    """Return examples of the report half, as many of each label as there are of both, in order."""
-    rng = np.random.default_rng([seed, 4])
-    kinds = [np.flatnonzero(report & mask) for mask in (harmful, ~harmful)]
-    n = min(most // 2, *(len(kind) for kind in kinds))
-    return np.sort(np.concatenate([rng.permutation(kind)[:n] for kind in kinds]))
+def check_same_examples(features: FeatureStore, activations: ActivationStore) -> None:
+    """Refuse features and activations of different examples.
+
+    Raises:
+        MismatchError: If their example tables differ.
+    """
+    ours, theirs = (
+        [(str(one["example_id"]), one.get("text")) for one in store.examples()]
+        for store in (features, activations)
+    )
+    if ours != theirs:
+        apart = next(
+            (f"example {i} is {a[0]!r} in one and {b[0]!r} in the other" if a[0] != b[0]
+             else f"example {a[0]!r} has another text"
+             for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+            f"they hold {len(ours)} and {len(theirs)}",
+        )  # fmt: skip
+        raise MismatchError(
+            f"eval.features ({features.folder}) and eval.store ({activations.folder}) are not of "
+            f"the same examples: {apart}.",
+            then="Set eval.store to the activations of these examples, or leave it out: then the "
+            "model reads them again.",
+        )

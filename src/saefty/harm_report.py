@@ -5,26 +5,28 @@ behaviour, then what else could tell the labels, then how well single latents te
 controls.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saefty import fsio
 from saefty.baselines import Labelled
-from saefty.errors import InputError
-from saefty.gating import GatePoint
-from saefty.harm_evaluation import GateResult, LayerResult
-from saefty.harm_tables import LATENT_COLUMNS, gate_table, latent_table, probe_table
-from saefty.judges.coverage import require_coverage
+from saefty.harm_evaluation import LayerResult
+from saefty.harm_tables import LATENT_COLUMNS, latent_table, probe_table
+from saefty.layers_report import layer_tables, layers_section, spread_sections
 from saefty.metrics.intervals import Interval
 from saefty.plots.base import save_plot
-from saefty.plots.gate_curve import GateCurve
 from saefty.plots.latent_ranking import LatentRanking
 from saefty.plots.loss_curve import TrainingCurve
 from saefty.report import Section, Table, plain, write_report
-
-log = logging.getLogger(__name__)
+from saefty.silencing_report import (
+    percent,
+    silenced_figures,
+    silenced_sections,
+    silenced_sentences,
+    silenced_tables,
+    titled,
+)
 
 LISTED_LATENTS = 10
 TRAIN_LOG = "train_log.jsonl"
@@ -52,13 +54,15 @@ def write_harm_report(
         "layers": {str(result.layer): _figures(result) for result in results},
     }
     sections: list[Section] = []
+    if len(results) > 1:
+        sections.append(layers_section(folder, results))
     for result in results:
-        sections += _sections(folder, result, several=len(results) > 1)
+        sections += _sections(folder, result, data, several=len(results) > 1)
     sections.append(Section("How it was measured", _method(results, data, pooling)))
     tables = {f"layer_{result.layer}": latent_table(result) for result in results}
+    tables |= layer_tables(results, data)
     for result in results:
-        if result.gating is not None:
-            tables[f"intervention/layer_{result.layer}"] = gate_table(result.gating)
+        tables |= silenced_tables(result)
     lead = "\n\n".join(_lead(result) for result in results)
     write_report(
         folder,
@@ -73,25 +77,11 @@ def write_harm_report(
     return values
 
 
-def point_at(gating: GateResult, arm: str, count: int) -> GatePoint | None:
-    """Return the condition of one arm that silences so many latents; 0 is the ungated one."""
-    for point in gating.points:
-        if point.count == count and (count == 0 or point.condition.arm == arm):
-            return point
-    return None
-
-
-def strongest_count(gating: GateResult) -> int:
-    """Return the number of silenced latents that is read out in words: 8, or the nearest below."""
-    counts = {point.count for point in gating.points if point.condition.arm == "target"}
-    return max((count for count in counts if count <= 8), default=0)
-
-
 def _lead(result: LayerResult) -> str:
-    evaluation, gating = result.evaluation, result.gating
+    evaluation = result.evaluation
     found = [one for one in evaluation.latents if one.found]
     best = evaluation.best
-    words = [f"**Layer {result.layer}** (`{result.site}`)."]
+    words = [f"**{_named(result)}** (`{result.site}`)."]
     if found and best is not None:
         words.append(
             f"{len(found)} of the {len(evaluation.latents)} latents that were chosen on one half "
@@ -103,8 +93,8 @@ def _lead(result: LayerResult) -> str:
             "**No latent tracks harm beyond luck**: none passed all three tests (false-discovery "
             "rate and maximum over all latents on one half, Holm on the other)."
         )
-    if gating is not None:
-        words.append(_causal_sentence(gating))
+    if result.silenced is not None:
+        words += silenced_sentences(result.silenced)
     if best is not None and result.controls:
         words.append(_beside_controls(best.auroc, result.controls))
     words.append(
@@ -128,90 +118,30 @@ def _beside_controls(best: Interval, controls: Mapping[str, Interval]) -> str:
     )
 
 
-def _first(count: int) -> str:
-    return "the first of them" if count == 1 else f"the first {count} of them"
+def _named(result: LayerResult) -> str:
+    """Return what an SAE is called: its layer, and its name where it is not the layer's first."""
+    if isinstance(result.layer, int):
+        return f"Layer {result.layer}"
+    layer, _, name = result.layer.partition("__")
+    return f"Layer {layer}, SAE {name}"
 
 
-def _causal_sentence(gating: GateResult) -> str:
-    count = strongest_count(gating)
-    target, control = (point_at(gating, arm, count) for arm in ("target", "control"))
-    base = point_at(gating, "target", 0)
-    if target is None or base is None or not count:
-        return "No latent leans towards harm, so nothing was silenced."
-    change, on_harmless = target.harmful.change, target.harmless.change
-    assert change is not None  # only the ungated replies have nothing to be compared with
-    assert on_harmless is not None
-    sentence = (
-        f"Silencing {_first(count)} changes {gating.behaviour} of harmful prompts from "
-        f"{_percent(base.harmful.rate.estimate)} by {_points(change)}"
-    )
-    other = control.harmful.change if control is not None else None
-    if other is not None:
-        sentence += (
-            f"; silencing {count} equally active other latents changes it by {_points(other)}"
-        )
-    sentence += (
-        f". On harmless prompts {gating.behaviour} changes by {_points(on_harmless)} "
-        f"(from {_percent(base.harmless.rate.estimate)})"
-    )
-    fluency = target.harmful.fluency
-    sentence += f"; fluency is {fluency.estimate:.2f} [{fluency.low:.2f}, {fluency.high:.2f}]."
-    clear = change.high < 0 or change.low > 0
-    if clear and other is not None:
-        apart = change.high < other.low or change.low > other.high
-        sentence += (
-            " The intervals are apart: these latents carry the behaviour here."
-            if apart
-            else " The intervals overlap with the control's: the effect is not specific to them."
-        )
-    elif not clear:
-        sentence += " The interval holds 0: no effect was shown."
-    return sentence
-
-
-def _sections(folder: Path, result: LayerResult, *, several: bool) -> list[Section]:
-    prefix = f"Layer {result.layer}: " if several else ""
-    found: list[Section] = []
-    if result.gating is not None:
-        found.append(_gate_section(folder, result, result.gating, prefix))
+def _sections(folder: Path, result: LayerResult, data: Labelled, *, several: bool) -> list[Section]:
+    prefix = f"{_named(result)}: " if several else ""
+    found = silenced_sections(folder, result, prefix)
     found.append(
         Section(
-            _title(prefix, "what else could tell the labels"),
+            titled(prefix, "what else could tell the labels"),
             "Every detector learnt on the half that chose the latents and is judged on the other.",
             probe_table(result),
         )
     )
     found += _latent_sections(folder, result, prefix)
+    found += spread_sections(folder, result, data, prefix)
     if result.leaks:
         lines = "\n".join(f"- **{leak.name}**: {leak.message}" for leak in result.leaks)
-        found.append(Section(_title(prefix, "warnings"), lines))
+        found.append(Section(titled(prefix, "warnings"), lines))
     return found
-
-
-def _gate_section(folder: Path, result: LayerResult, gating: GateResult, prefix: str) -> Section:
-    title = _title(prefix, "what silencing latents does")
-    text = (
-        "Replies of the model with latents silenced in its forward pass, to prompts of the half "
-        "that had no part in choosing them. `target` are the chosen latents, `control` equally "
-        "active ones that do not track harm; a change is paired with the ungated reply."
-    )
-    sparse = _too_few_scores(gating)
-    if sparse:
-        log.warning("layer %d: %s", result.layer, sparse)
-        return Section(title, f"{text}\n\n**No picture:** {sparse}", gate_table(gating))
-    path = save_plot(
-        "gate_curve",
-        _curve(gating),
-        folder / "figures" / f"layer_{result.layer}_gate_curve.png",
-        size=TALL,
-    )
-    return Section(
-        title,
-        text,
-        gate_table(gating),
-        str(path.relative_to(folder)),
-        f"{gating.behaviour.capitalize()} and fluency against the number of silenced latents.",
-    )
 
 
 def _latent_sections(folder: Path, result: LayerResult, prefix: str) -> list[Section]:
@@ -229,7 +159,7 @@ def _latent_sections(folder: Path, result: LayerResult, prefix: str) -> list[Sec
     rows = tuple(row for row in shown.rows if row.get("reported"))[:LISTED_LATENTS]
     found = [
         Section(
-            _title(prefix, "latents"),
+            titled(prefix, "latents"),
             f"Ranked by {result.evaluation.ranked_by} on the selection half; AUROC and dfreq are "
             f"of the report half. All latents are in `layer_{result.layer}.csv`.",
             Table(columns, rows),
@@ -237,10 +167,10 @@ def _latent_sections(folder: Path, result: LayerResult, prefix: str) -> list[Sec
             "Held-out AUROC of the chosen latents, beside the best latent of each control.",
         ),
         Section(
-            _title(prefix, "activity"),
+            titled(prefix, "activity"),
             f"Mean L0 {result.firing.mean_l0:.1f}; "
-            f"{_percent(result.firing.dead_share)} of the latents fire on no token here, "
-            f"{_percent(result.firing.always_on_share)} on at least 99 % of them.",
+            f"{percent(result.firing.dead_share)} of the latents fire on no token here, "
+            f"{percent(result.firing.always_on_share)} on at least 99 % of them.",
             figure=str(firing.relative_to(folder)),
             caption="How many latents fire how often.",
         ),
@@ -252,48 +182,12 @@ def _latent_sections(folder: Path, result: LayerResult, prefix: str) -> list[Sec
         path = save_plot("loss_curve", curve, name)
         found.append(
             Section(
-                _title(prefix, "training of the SAE"),
+                titled(prefix, "training of the SAE"),
                 figure=str(path.relative_to(folder)),
                 caption="Variance unexplained against training step.",
             )
         )
     return found
-
-
-def _too_few_scores(gating: GateResult) -> str:
-    """Return why the curve is not drawn, or nothing."""
-    for point in gating.points:
-        for label in ("harmful", "harmless"):
-            group = getattr(point, label)
-            for what, found in (
-                (gating.behaviour, group.coverage),
-                ("fluency", group.fluency_coverage),
-            ):
-                try:
-                    where = f"the curve ({what} on {label} prompts, {point.count} latents silenced)"
-                    require_coverage(found.judged, found.total, what=where)
-                except InputError as error:
-                    return error.message
-    return ""
-
-
-def _curve(gating: GateResult) -> GateCurve:
-    counts = [0, *sorted({point.count for point in gating.points if point.count})]
-
-    def series(arm: str, label: str, what: str) -> tuple[Interval, ...]:
-        points = [point_at(gating, arm, count) for count in counts]
-        return tuple(getattr(getattr(p, label), what) for p in points if p is not None)
-
-    return GateCurve(
-        counts=tuple(counts),
-        target_harmful=series("target", "harmful", "rate"),
-        target_harmless=series("target", "harmless", "rate"),
-        control_harmful=series("control", "harmful", "rate"),
-        control_harmless=series("control", "harmless", "rate"),
-        target_fluency=series("target", "harmful", "fluency"),
-        control_fluency=series("control", "harmful", "fluency"),
-        behaviour=gating.behaviour,
-    )
 
 
 def _method(results: Sequence[LayerResult], data: Labelled, pooling: str) -> str:
@@ -317,7 +211,6 @@ def _method(results: Sequence[LayerResult], data: Labelled, pooling: str) -> str
 
 def _figures(result: LayerResult) -> Mapping[str, Any]:
     evaluation = result.evaluation
-    gating = result.gating
     return {
         "site": result.site,
         "finding": evaluation.finding,
@@ -336,28 +229,6 @@ def _figures(result: LayerResult) -> Mapping[str, Any]:
         "controls": dict(result.controls),
         "leaks": result.leaks,
         "l0_mean": result.firing.mean_l0,
-        "gating": None
-        if gating is None
-        else {
-            "behaviour": gating.behaviour,
-            "fluency": gating.fluency,
-            "targets": gating.targets,
-            "controls": gating.controls,
-            "points": gating.points,
-        },
+        "fvu": result.fvu,
+        **silenced_figures(result.silenced),
     }
-
-
-def _title(prefix: str, title: str) -> str:
-    return prefix + title if prefix else title[0].upper() + title[1:]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _points(change: Interval) -> str:
-    """Return a change of a share in percentage points, with its interval."""
-    ends = (change.estimate, change.low, change.high)
-    middle, low, high = (f"{100 * end:+.0f}".replace("-", "−") for end in ends)
-    return f"{middle} points [{low}, {high}]"

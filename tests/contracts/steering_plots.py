@@ -4,10 +4,10 @@ import numpy as np
 
 from saefty.metrics.intervals import Interval
 from saefty.plots.off_target import OffTarget
-from saefty.plots.steering_pareto import Pareto, WayPoints
-from saefty.plots.steering_scores import ScoreCurve, ScoreCurves
+from saefty.plots.steering_ways import SteeredWay, SteeredWays
 
 NAN = float("nan")
+UNIT = "in multiples of the mean residual norm"
 ALPHAS = (0.0, 0.5, 1.0, 2.0)
 
 
@@ -21,38 +21,37 @@ def falling(height, steep):
 
 
 def way(name, height=0.9, steep=1.0, control=False, chosen=2):
-    return WayPoints(name, ALPHAS, *falling(height, steep), chosen, control)
+    behaviour, coherence = falling(height, steep)
+    scores = tuple(
+        interval(one.estimate * other.estimate)
+        for one, other in zip(behaviour, coherence, strict=True)
+    )
+    return SteeredWay(name, ALPHAS, behaviour, coherence, scores, chosen, control)
 
 
-def score(name, height=0.5, control=False):
-    values = tuple(interval(height * v) for v in (0.0, 0.6, 1.0, 0.4))
-    return ScoreCurve(name, ALPHAS, values, 2, control)
+def ways(*several, behaviour="share of French", unit=UNIT, prompts=64):
+    return SteeredWays(several, behaviour, unit, prompts)
 
 
 NONE = Interval(NAN, NAN, NAN, "no values", 0)
-UNSCORED = WayPoints("mute", ALPHAS, (NONE,) * 4, (NONE,) * 4, 0)
+UNSCORED = SteeredWay("mute", ALPHAS, (NONE,) * 4, (NONE,) * 4, (NONE,) * 4, None)
 RANDOM = tuple(way(f"random_{n}", 0.1 * n, 1.0, control=True) for n in range(1, 4))
 LONG = "sae_ts on a group of eight latents, lambda 0, rotation"
 
+WAYS = {
+    "normal": ways(way("caa"), way("sae_ts", 0.7, 2.0), *RANDOM),
+    "many": ways(*(way(f"{LONG} {n}", 0.1 + 0.08 * n) for n in range(10)), behaviour="b"),
+    "Japanese": ways(way("正解"), behaviour="フランス語の割合", prompts=2),
+    "random alone": ways(*RANDOM, behaviour="refusal"),
+    "none beats not steering": ways(way("caa", 0.05, chosen=None), *RANDOM[:1]),
+    "the last and largest": ways(way("caa", 1.0, chosen=3), unit="in activation units"),
+    "not scored": ways(UNSCORED, behaviour="refusal"),
+    "nothing": ways(behaviour="refusal", prompts=0),
+}
+
 STEERING_PLOTS = {
-    "steering_pareto": {
-        "normal": Pareto((way("caa"), way("sae_ts", 0.7, 2.0), *RANDOM), "share of French", 64),
-        "many": Pareto(tuple(way(f"{LONG} {n}", 0.1 + 0.08 * n) for n in range(10)), "b", 64),
-        "Japanese": Pareto((way("正解"),), "フランス語の割合", 2),
-        "random alone": Pareto(RANDOM, "refusal", 64),
-        "not scored": Pareto((UNSCORED,), "refusal", 64),
-        "nothing": Pareto((), "refusal", 0),
-    },
-    "steering_scores": {
-        "normal": ScoreCurves(
-            (score("caa"), score("decoder", 0.3), score("random_1", 0.05, control=True)),
-            "share of French", "in multiples of the mean residual norm", 64,
-        ),
-        "many": ScoreCurves(
-            tuple(score(f"{LONG} {n}", 0.1 * n) for n in range(10)), "b", "in activation units", 9
-        ),
-        "nothing": ScoreCurves((), "refusal", "in activation units", 0),
-    },
+    "steering_pareto": WAYS,
+    "steering_scores": WAYS,
     "off_target": {
         "normal": OffTarget(
             ("caa", "sae_ts", "random_1"), ("mentions food", "refusal"),

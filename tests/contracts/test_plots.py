@@ -11,6 +11,8 @@ from scipy.sparse import csr_array
 
 from contracts.code_plots import CODE_PLOTS
 from contracts.detector_plots import DETECTOR_PLOTS
+from contracts.latent_plots import LATENT_PLOTS
+from contracts.sandbox_plots import SANDBOX_PLOTS
 from contracts.steering_plots import STEERING_PLOTS
 from saefty.metrics.firing import firing_stats
 from saefty.metrics.intervals import Interval
@@ -160,6 +162,13 @@ SAMPLES = {
         "without fluency": gate([0, 1, 8], fluency=False),
         "one count": gate([0]),
         "nothing gated": gate([]),
+        "fewer controls": replace(
+            gate([0, 1, 8]),
+            target_harmful=(interval(0.9), interval(0.5), interval(0.2)),
+            control_harmful=(interval(0.9),) * 2,
+            control_harmless=(interval(0.1),) * 2,
+            control_fluency=(interval(0.9),) * 2,
+        ),
         "not judged": gate([0, 8], value=NAN),
     },
     "firing_rate": {
@@ -178,7 +187,7 @@ SAMPLES = {
         "not finite": {"layer 2": TrainingCurve(np.arange(3), np.array([1.0, NAN, NAN]))},
     },
 }
-SAMPLES |= CODE_PLOTS | STEERING_PLOTS | DETECTOR_PLOTS
+SAMPLES |= CODE_PLOTS | STEERING_PLOTS | DETECTOR_PLOTS | LATENT_PLOTS | SANDBOX_PLOTS
 CASES = [(name, case) for name, cases in SAMPLES.items() for case in cases]
 
 

@@ -8,7 +8,7 @@ import tiny_models
 from saefty.errors import MismatchError
 from saefty.fidelity import measure_fidelity, measure_loss_recovered
 from saefty.formats.base import format_of, read_sae
-from saefty.gating import Condition, reply_under
+from saefty.gating import Condition, Silencer, reply_under
 from saefty.interventions.gate import gate, subtract
 from saefty.records import Example, Site
 from saefty.saes.base import SaeConfig
@@ -50,7 +50,7 @@ def test_gating_by_a_transcoder_is_refused_with_both_places(change):
 def test_generating_under_a_transcoders_gate_is_refused_before_a_token_is_made(tmp_path):
     with pytest.raises(MismatchError, match="gating needs an autoencoder"):
         reply_under(
-            tiny_models.load("llama"), transcoder(), [Example("a", "b")],
+            tiny_models.load("llama"), Silencer.of(transcoder()), [Example("a", "b")],
             [Condition("target", ())], tmp_path, max_new_tokens=1, seed=0, batch_size=1,
         )  # fmt: skip
 

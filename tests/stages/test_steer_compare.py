@@ -3,16 +3,14 @@
 import csv
 import json
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from typer.testing import CliRunner
 
 import tiny_models
 from saefty import fsio, steering_compare_report
-from saefty.cli import app
 from saefty.config import build_config
 from saefty.errors import ConfigError, InputError, MismatchError
 from saefty.interventions.steer import steer
@@ -23,17 +21,14 @@ from saefty.off_target import reply_latents
 from saefty.plots.base import save_plot
 from saefty.records import Example, Site
 from saefty.saes.base import SaeConfig
-from saefty.saes.native import save_sae
 from saefty.stages.steer_compare import CompareConfig, run
-from saefty.steering import PLAIN, UNSTEERED, Dose
-from saefty.steering_compare_report import write_comparison
-from saefty.steering_comparison import compare
-from saefty.steering_tables import OffTargets
+from saefty.steering import UNSTEERED
 from saefty.steering_vectors import random_vector
 
 SITE = Site(1)
 D = tiny_models.D_MODEL
-WORDS = ["the", "and", "dog", "a", "o", "an"]
+WORDS = ["h", "ea", "th", "ick", "hick"]
+"""Of the tiny model's own words, some that it writes when it is steered."""
 PROMPTS = [
     Example(f"p{n}", text, raw=True)
     for n, text in enumerate(["the lazy dog", "Mix flour", "I can help", "the model"])
@@ -46,7 +41,7 @@ def quick_pictures(monkeypatch):
     monkeypatch.setattr(steering_compare_report, "save_plot", write_data)
 
 
-def write_data(name, data, path, size):
+def write_data(name, data, path, *, size):
     fsio.commit_text(path, f"{name} {size} {data}")
 
 
@@ -84,7 +79,7 @@ def settings(vectors, folder, **keys):
         "judge": "lexicon",
         "judge_options": {"words": WORDS},
         "fluency": "regex",
-        "fluency_options": {"pattern": "e"},
+        "fluency_options": {"pattern": "[ao]"},
         "attributes": {"letter o": {"judge": "regex", "options": {"pattern": "o"}}},
         "max_new_tokens": 8,
         "batch_size": 16,
@@ -157,7 +152,10 @@ def test_a_way_s_score_is_that_of_replies_generated_by_hand(finished, model, vec
         with model.intervene(SITE, steer(values * np.mean(states), one["alpha"])):
             replies = model.generate(PROMPTS, max_new_tokens=8)
         behaviour = Lexicon(WORDS).score(PROMPTS, replies)[reported]
-        coherence = np.array([float("e" in r.casefold()) if r.strip() else np.nan for r in replies])
+        coherent = [
+            float(bool({*"ao"} & {*r.casefold()})) if r.strip() else np.nan for r in replies
+        ]
+        coherence = np.array(coherent)
         expected = np.nanmean(behaviour) * np.nanmean(coherence[reported])
         assert one["score"]["estimate"] == pytest.approx(expected, abs=1e-9)
     chosen = max(way["strengths"], key=lambda one: one["chosen_on"] or -1)
@@ -172,22 +170,32 @@ def test_at_alpha_zero_every_way_is_the_model_as_it_is(finished):
 
 def test_random_directions_have_one_part_in_the_differences(finished):
     pairs = {(one["first"], one["second"]) for one in finished.figures["differences"]}
-    assert len(pairs) == 6  # two vectors, the rival and the unsteered model
-    assert sum(UNSTEERED in pair for pair in pairs) == 3
-    controls = {name for pair in pairs for name in pair if name.startswith("random")}
-    assert controls == {finished.figures["rival"]}
+    ways, rival = finished.figures["ways"], finished.figures["rival"]
+    steer = {name for name, way in ways.items() if way["best"]["alpha"]}
+    tested = {UNSTEERED, *(steer - {"random_1", "random_2"}), *(steer & {rival})}
+    assert {frozenset(pair) for pair in pairs} == {
+        frozenset(pair) for pair in combinations(tested, 2)
+    }
     text = (finished.folder / "summary.md").read_text(encoding="utf-8")
-    rival = finished.figures["ways"][finished.figures["rival"]]["best"]["score"]["estimate"]
-    assert f"it scores {rival:.3f}" in text
+    score = ways[rival]["best"]["score"]["estimate"]
+    assert (f"scores {score:.3f}, the maximum over 2 random" in text) == (rival in steer)
 
 
 def test_the_tables_hold_what_the_figures_say(finished):
     with open(finished.folder / "ways.csv", newline="", encoding="utf-8") as file:
         rows = {row["way"]: row for row in csv.DictReader(file)}
-    for name, way in finished.figures["ways"].items():
-        assert float(rows[name]["score"]) == pytest.approx(way["best"]["score"]["estimate"])
+    steer = [name for name, way in finished.figures["ways"].items() if way["best"]["alpha"]]
+    assert steer
+    for name in steer:
+        best = finished.figures["ways"][name]["best"]
+        assert float(rows[name]["score"]) == pytest.approx(best["score"]["estimate"])
+        assert float(rows[name]["score_where_chosen"]) == pytest.approx(best["chosen_on"])
         kl = finished.figures["harmless"][name]["kl"]["estimate"]
         assert float(rows[name]["kl"]) == pytest.approx(kl)
+    for name in set(rows) - set(steer):
+        row = rows[name]
+        assert {row["alpha"], row["score"], row["kl"], row["moved"]} == {""}
+        assert row["note"] == "no strength beats not steering"
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary["reported_on"] + summary["chosen_on"] == len(PROMPTS)
     text = (finished.folder / "summary.md").read_text(encoding="utf-8")
@@ -320,163 +328,71 @@ def test_what_else_changed_is_of_the_prompts_that_are_reported(finished, model):
             assert one["before"] == pytest.approx(np.nanmean(latents[:, one["latent"]]), abs=1e-5)
 
 
-def scored(behaviour, coherence, coverage=0.95, controls=()):
-    """Compare with scores that are given; the way of each dose is its own arm at alpha 1."""
-    n = len(next(iter(behaviour.values())))
-    shown = {PLAIN: np.full(n, 0.2), **{Dose(a, 1.0): v for a, v in behaviour.items()}}
-    fluent = {PLAIN: np.ones(n), **{Dose(a, 1.0): v for a, v in coherence.items()}}
-    return compare(
-        shown, fluent, list(behaviour), [0.0, 1.0], None, controls=controls, coverage=coverage,
-        boots=100, permutations=100, seed=0,
-    )  # fmt: skip
+def test_the_length_of_a_vector_is_told_in_residual_norms(finished, model, vectors, tmp_path):
+    """Of `residual` one alpha is one; of `activation` it is the vector's own length by theirs."""
+    own = [one["length"] for one in finished.figures["facts"].values()]
+    assert own == pytest.approx([1.0] * 4)
+    norms = []
+    for item in model.tokenize(PROMPTS):
+        ids = torch.from_numpy(item.ids.astype(np.int64))[None]
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
+        norms += hidden.norm(dim=1)[torch.from_numpy(~item.special)].tolist()
+    long = load_vector(vectors["caa"])
+    long = replace(long, values=50 * long.values)
+    named = {**vectors, "caa": str(long.save(tmp_path / "caa"))}
+    cfg = settings(named, tmp_path / "run", unit="activation", alphas=[0.01, 0.02], random=1)
+    done = run(cfg, model=model, examples=PROMPTS)
+    lengths = {name: one["length"] for name, one in done.figures["facts"].items()}
+    for name, path in named.items():
+        assert lengths[name] == pytest.approx(load_vector(path).norm / np.mean(norms), rel=1e-5)
+    assert lengths["random_1"] == pytest.approx(lengths["caa"])
+    text = (done.folder / "summary.md").read_text(encoding="utf-8")
+    assert "Not a fair comparison of directions" in text
+    assert f"{lengths['caa']:.3g} for caa" in text
+    assert "Not a fair comparison" not in (finished.folder / "summary.md").read_text("utf-8")
 
 
-def few_scores(n=64):
-    """Scores of a model that is broken: six of all replies, three on either side, are perfect."""
-    first = halves(n, None, seed=0)
-    values = np.full(n, np.nan)
-    values[np.flatnonzero(first)[:3]] = values[np.flatnonzero(~first)[:3]] = 1.0
-    return values
+def test_alpha_counts_in_the_latent_s_maximum_for_random_directions_too(model, vectors, tmp_path):
+    cfg = settings(vectors, tmp_path / "run", unit="latent", random=1, attributes={})
+    with pytest.raises(ConfigError, match="nothing of the latent's maximum"):
+        run(cfg, model=model, examples=PROMPTS)
+    assert not (tmp_path / "run").exists()
+    named = {
+        name: str(load_vector(path).with_norms(latent=2.0).save(tmp_path / name))
+        for name, path in vectors.items()
+    }
+    cfg = settings(named, tmp_path / "run", unit="latent", random=1, attributes={})
+    assert set(run(cfg, model=model, examples=PROMPTS).figures["ways"]) == {*vectors, "random_1"}
 
 
-def test_a_strength_that_breaks_the_model_does_not_win(tmp_path):
-    found = scored({"caa": few_scores()}, {"caa": few_scores()})
-    way = found.ways[0]
-    assert way.best.alpha == 0.0
-    assert (way.strengths[1].missing, way.strengths[1].scored) == (29, 3 / 32)
-    assert np.isnan(way.strengths[1].score.estimate)
-    assert way.strengths[1].score.method == "too few scored"
-    assert scored({"caa": few_scores()}, {"caa": few_scores()}, coverage=0.0).ways[0].best.alpha
-    figures = write_comparison(
-        tmp_path, found, OffTargets(), controls=[], behaviour="b", judges=("x", "y"),
-        unit="residual", coverage=0.95,
-    )  # fmt: skip
-    assert figures["coverage"] == {"unsteered": 1.0, "caa": 3 / 32}
-    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "No alpha of any vector beats the unsteered model" in text
-    assert "Left out: caa: alpha 1 (9% of those reported)" in text
+def test_a_strength_that_breaks_the_model_leaves_the_others_their_scores(model, vectors, tmp_path):
+    """In float32 a vector of 1e39 norms is infinite; whole and broken doses share batches."""
+    keys = {"random": 0, "attributes": {}}
+    whole = run(settings(vectors, tmp_path / "whole", **keys), model=model, examples=PROMPTS)
+    cfg = settings(vectors, tmp_path / "run", **keys, alphas=[0.5, 1.0, 1e39])
+    done = run(cfg, model=model, examples=PROMPTS)
+    assert set(done.figures["broken"]) == {"caa_1e+39", "decoder_1e+39"}
+    for name in vectors:
+        *others, broken = done.figures["ways"][name]["strengths"]
+        assert others == whole.figures["ways"][name]["strengths"]
+        assert (broken["alpha"], broken["score"]["estimate"], broken["missing"]) == (1e39, None, 2)
+    text = (done.folder / "summary.md").read_text(encoding="utf-8")
+    assert "Strengths that broke the model" in text
+    assert "step 1 of generation" in text
+    ledger = json.loads((done.folder / "finished.json").read_text())["ledger"]
+    assert ledger["failed"] == {"broke the model": 2 * len(PROMPTS)}
 
 
-def test_replies_that_were_never_scored_are_refused_with_the_share():
-    shown = {PLAIN: few_scores(), Dose("a", 1.0): few_scores()}
-    with pytest.raises(InputError, match=r"9\.4% at best, and 95% are needed"):
-        compare(
-            shown, shown, ["a"], [0.0, 1.0], None, coverage=0.95, boots=100, permutations=100,
-            seed=0,
-        )  # fmt: skip
+def test_a_bare_vector_is_told_what_can_be_done(model, vectors, tmp_path):
+    np.save(tmp_path / "bare.npy", load_vector(vectors["caa"]).values.numpy())
+    with pytest.raises(ConfigError, match="bare.npy is a bare vector") as error:
+        run(settings({"bare": str(tmp_path / "bare.npy")}, tmp_path / "r"), model=model)
+    assert 'sf.load_vector(PATH, sf.Site(20)).save("FOLDER")' in error.value.then
 
 
-def test_perfect_scores_claim_no_certainty_and_neither_do_their_differences():
-    found = scored({"a": np.ones(64), "b": np.zeros(64)}, {"a": np.ones(64), "b": np.ones(64)})
-    best = found.way("a").best.score
-    low = binomtest(32, 32).proportion_ci(0.95, method="wilson").low ** 2
-    assert (best.estimate, best.high) == (1.0, 1.0)
-    assert best.low == pytest.approx(low, abs=1e-9)
-    one = next(d for d in found.differences if {d.first, d.second} == {"a", "b"})
-    other = found.way("b").best.score  # the unsteered model's: 0.2 on all prompts
-    below = np.hypot(best.estimate - best.low, other.high - other.estimate)
-    assert one.difference.estimate == pytest.approx(0.8)
-    assert one.difference.low == pytest.approx(0.8 - below)
-    same = next(d for d in found.differences if {d.first, d.second} == {"b", UNSTEERED})
-    assert (same.difference.low, same.difference.high, same.p) == (0.0, 0.0, 1.0)
-
-
-def test_a_clear_difference_holds_however_many_ways_there_are():
-    rng = np.random.default_rng(0)
-    arms = [f"way {n}" for n in range(12)]
-    behaviour = {PLAIN: np.zeros(80)}
-    behaviour |= {Dose(arm, 1.0): 0.3 + 0.1 * rng.random(80) for arm in arms}
-    behaviour[Dose("way 3", 1.0)] = 0.8 + 0.1 * rng.random(80)
-    coherence = {dose: np.ones(80) for dose in behaviour}
-    found = compare(
-        behaviour, coherence, arms, [0.0, 1.0], None, coverage=0.95, boots=100, permutations=100,
-        seed=0,
-    )  # fmt: skip
-    assert found.ways[0].name == "way 3"
-    own = [one for one in found.differences if one.first == "way 3"]
-    assert len(own) + sum(one.second == "way 3" for one in found.differences) == 12
-    assert max(one.p_holm for one in own) <= 0.05
-    others = [
-        one for one in found.differences if not {"way 3", UNSTEERED} & {one.first, one.second}
-    ]
-    assert sum(one.p_holm <= 0.05 for one in others) <= 1
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_sae(random_sae(), folder / "sae")
-    for name, texts in {"pos": ["the lazy dog", "a robot"], "neg": ["Mix flour"]}.items():
-        lines = "".join(fsio.dump_json_line({"text": text}) for text in texts)
-        (folder / f"{name}.jsonl").write_text(lines)
-    return folder
-
-
-class TestMakingOne:
-    """`saefty steer vector` on the command line."""
-
-    def made(self, *words):
-        return CliRunner().invoke(app, ["steer", "vector", *map(str, words)])
-
-    def test_decoder_caa_and_random_ones_are_made(self, world):
-        sae, out = world / "sae", world / "decoder"
-        done = self.made("--method", "decoder", "--sae", sae, "--latent", "3:2,9", "--out", out,
-                         "--export", world / "d.npy")  # fmt: skip
-        assert done.exit_code == 0, done.output
-        expected = (2 * random_sae().W_dec[3] + random_sae().W_dec[9]).detach().numpy()
-        np.testing.assert_allclose(np.load(world / "d.npy"), expected, atol=1e-6)
-        model = tiny_models.folder_of("llama")
-        sides = ("--positive", world / "pos.jsonl", "--negative", world / "neg.jsonl")
-        for method, more in (("caa", ("--layer", 1)), ("latent_difference", ("--sae", sae))):
-            done = self.made("--method", method, "--model", model, *sides, *more, "--out",
-                             world / method, "--json")  # fmt: skip
-            assert done.exit_code == 0, done.output
-            assert json.loads(done.stdout)["figures"]["norms"]["residual"] > 0
-        done = self.made("--method", "random", "--like", world / "caa", "--out", world / "r")
-        assert done.exit_code == 0, done.output
-
-    @pytest.mark.parametrize(
-        ("words", "code", "message"),
-        [
-            (("--method", "decoder", "--latent", "3"), 2, "needs --sae"),
-            (("--method", "sae_ts"), 2, "needs --effects and --latent"),
-            (("--method", "caa", "--model", "x"), 2, "needs --layer"),
-            (("--method", "nonsense"), 2, "vector.method"),
-            (
-                ("--method", "caa", "--layer", "1", "--model", "x", "--hook-point", "foo"),
-                2,
-                "vector.hook_point",
-            ),
-            (
-                ("--method", "caa", "--layer", "1", "--model", "x", "--export", "v.txt"),
-                2,
-                "not as v.txt",
-            ),
-        ],
-    )
-    def test_what_is_missing_is_named(self, world, words, code, message):
-        done = self.made(*words, "--out", world / "x")
-        assert done.exit_code == code
-        assert message in done.output
-
-    def test_one_side_of_a_contrast_is_refused_with_both_counts(self, world):
-        done = self.made("--method", "caa", "--layer", 1, "--model", tiny_models.folder_of("llama"),
-                         "--positive", world / "pos.jsonl", "--out", world / "x")  # fmt: skip
-        assert done.exit_code == 3
-        assert "2 positive and 0 negative" in done.output
-
-    def test_a_latent_out_of_range_is_named(self, world):
-        done = self.made("--method", "decoder", "--sae", world / "sae", "--latent", 48, "--out",
-                         world / "x")  # fmt: skip
-        assert done.exit_code == 2
-        assert "latent 48 does not exist" in done.output
-
-    def test_a_place_that_holds_no_vector_is_refused_before_the_model_is_read(self, world):
-        done = self.made("--method", "caa", "--layer", 1, "--model", "nowhere", "--out", "v.json")
-        assert done.exit_code == 2
-        assert "not as v.json" in done.output
-
-    def test_a_random_one_is_none_of_those_of_a_comparison(self, world):
-        drawn = random_vector(D, SITE, seed=0)
-        assert not torch.equal(drawn.values, random_vector(D, SITE, seed=0, draw=1).values)
-        assert not (world / "x").exists()
+def test_a_judge_that_scores_nothing_is_refused_with_the_reasons(model, vectors, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generate", lambda examples, **_: [""] * len(examples))
+        with pytest.raises(InputError, match="none of the 36 replies .* behaviour: empty 36"):
+            run(settings(vectors, tmp_path / "r"), model=model, examples=PROMPTS)

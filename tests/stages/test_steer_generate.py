@@ -64,7 +64,7 @@ def test_the_text_shows_plain_and_steered_beside_each_other(vector):
     head = next(line for line in result.stdout.splitlines() if "plain" in line)
     assert "alpha = 1" in head
     told = " ".join(result.stdout.split())
-    found = re.search(r"mean residual norm \(([\d.]+), measured on these prompts\)", told)
+    found = re.search(r"mean residual norm is ([\d.]+), measured on these prompts", told)
     assert float(found[1]) == pytest.approx(mean_norm(), rel=1e-3), "not the 3 of the vector"
     assert all(f"> {text}" in result.stdout for text in PROMPTS)
 
@@ -84,14 +84,14 @@ def test_columns_without_room_stand_one_under_the_other():
 
     found = {
         "model": "m", "vector": "caa", "site": "s", "method": 1, "unit": "activation",
-        "alphas": [1.0, 2.0],
+        "alphas": [1.0, 2.0], "residual": 8.0, "residual_norms": [0.5, 1.0],
         "replies": [{"prompt": "p", "plain": "one", "steered": ["deux", "trois"]}],
     }  # fmt: skip
     wide = [line.split() for line in shown(found, 120).splitlines()]
     assert ["one", "deux", "trois"] in wide
     narrow = [line.split() for line in shown(found, 50).splitlines()]
     assert ["plain", "one"] in narrow
-    assert ["alpha", "=", "2", "trois"] in narrow
+    assert ["alpha", "=", "2", "(1", "norms)", "trois"] in narrow
 
 
 def test_a_latent_and_a_file_of_prompts_will_do_as_well(vector, tmp_path):
@@ -115,7 +115,12 @@ def test_a_latent_and_a_file_of_prompts_will_do_as_well(vector, tmp_path):
         (("--alpha", "1", ""), 3, "1 of 1 prompts are empty"),
         (("the dog",), 2, "there is no alpha"),
         (("--alpha", "1"), 2, "both missing"),
-        (("--alpha", "1", "--where", "tail", "the dog"), 2, "both, prefill, decode"),
+        (("--alpha", "1", "--where", "tail", "the dog"), 2, "--where: should be both, prefill"),
+        (("--alpha", "1", "--where", "99", "the dog"), 2, "no token lies at place 99"),
+        (("--alpha", "1", "--where", "0", "the dog"), 2, "all tokens at places 0 are special"),
+        (("--alpha", "nan", "the dog"), 2, "--alpha: should be"),
+        (("--alpha", "1", "--unit", "norm", "the dog"), 2, "--unit: should be activation"),
+        (("--alpha", "1", "--latent", "-1", "the dog"), 2, "--latent: should be integer ≥ 0"),
         (("--alpha", "1", "--layer", "9", "the dog"), 2, "layer 9 was asked for"),
         (("--alpha", "1", "--latent-max", "5", "the dog"), 2, "latent_max=5"),
         (("--alpha", "1e39", "the dog"), 9, "alpha = 1e+39"),
@@ -127,6 +132,55 @@ def test_what_cannot_be_done_is_said(vector, words, code, told):
     assert result.exit_code == code
     assert told in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_bare_vector_is_told_by_the_flag_that_places_it(tmp_path):
+    np.save(tmp_path / "bare.npy", np.ones(tiny_models.D_MODEL, np.float32))
+    result = call("--vector", str(tmp_path / "bare.npy"), "--alpha", "1", "--model", MODEL, "dog")
+    assert result.exit_code == 2
+    assert "--layer=20" in result.stderr
+    assert "steer.layer" not in result.stderr
+
+
+def test_alpha_is_told_in_residual_norms_and_a_negligible_one_is_warned_of(vector, caplog):
+    """0.01 of the vector, whose length is by hand; 2 of it is no little."""
+    given = ("--raw", "--json", "--vector", vector, "--alpha", "0.01", "--alpha", "2", *PROMPTS)
+    result = call(*given)
+    found = json.loads(result.stdout)
+    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    one = float(values.double().norm()) / mean_norm()
+    assert found["residual"] == pytest.approx(mean_norm(), rel=1e-5)
+    assert found["residual_norms"] == pytest.approx([0.01 * one, 2 * one], rel=1e-5)
+    assert f"alpha = 0.01 adds {0.01 * one:.2g} of the mean residual norm" in result.stderr
+    assert "alpha = 2 adds" not in result.stderr
+    told = call(*given[:1], *given[2:]).stdout
+    assert f"alpha = 2 ({2 * one:.2g} norms)" in " ".join(told.split())
+
+
+def test_of_many_prompts_some_are_shown_and_a_file_holds_all(vector, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"the dog {n}" for n in range(12)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    given = ("--vector", vector, "--alpha", "2", "--data", str(prompts))
+    result = call(*given)
+    assert result.exit_code == 0, result.output
+    assert sum(line.startswith("> the dog") for line in result.stdout.splitlines()) == 10
+    made = list((tmp_path / "artifacts" / "steer_generate").glob("*/replies.jsonl"))
+    assert len(made) == 1
+    assert "2 more prompts; all are in artifacts" in result.stdout
+    lines = [json.loads(line) for line in made[0].read_text("utf-8").splitlines()]
+    assert [one["prompt"] for one in lines] == texts
+    assert lines[3]["alphas"] == [2.0]
+    everything = json.loads(call(*given, "--json").stdout)["replies"]
+    assert [one["steered"] for one in everything] == [one["steered"] for one in lines]
+    assert len(list((tmp_path / "artifacts" / "steer_generate").iterdir())) == 1, "not of --json"
+    named = call(*given, "--out", "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_bytes() == made[0].read_bytes()
+    assert "all are in mine.jsonl" in named.stdout
+    again = call(*given, "--out", "mine.jsonl")
+    assert again.exit_code == 2
+    assert "mine.jsonl is there already" in again.stderr
 
 
 def test_places_are_listed_with_commas(vector):

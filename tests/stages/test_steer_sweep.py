@@ -353,6 +353,7 @@ def test_alpha_in_residual_norms_is_that_many_of_them_in_activation_units(model,
         ({"where": [-1]}, ConfigError, "steer.where: places are counted from 0"),
         ({"where": []}, ConfigError, "steer.where: places .* there is at least one"),
         ({"where": "tail"}, ConfigError, "steer.where"),
+        ({"where": [99]}, ConfigError, r"no token lies at place 99: .* places run 0\.\."),
         ({"methods": []}, ConfigError, "steer.methods"),
         ({"latent_max": 5.0}, ConfigError, "latent_max=5 .* unit is activation and the vector"),
         ({"latent_max": 5.0, "unit": "latent"}, ConfigError, "is latent and the vector is one"),
@@ -369,10 +370,66 @@ def test_what_cannot_be_swept_is_refused_and_leaves_no_run(
 def test_an_alpha_that_breaks_the_model_is_named_and_the_plain_replies_are_kept(
     model, vector, tmp_path
 ):
-    with pytest.raises(NumericError, match=r"alpha = 1e\+39 at blocks.1"):
-        sweep(model, vector, tmp_path / "run", alphas=[1e39])
-    left = [path.name for path in (tmp_path / "run" / "replies").iterdir()]
-    assert left == ["unsteered"]
+    for _ in range(2):  # a resumed run says the same, from what is on disk
+        with pytest.raises(NumericError, match=r"alpha = 1e\+39 at blocks.1") as error:
+            sweep(model, vector, tmp_path / "run", alphas=[1e39])
+        assert "at step 1 of generation" in error.value.message
+    left = list(fsio.read_lines(tmp_path / "run" / "replies" / "unsteered" / "00000.jsonl"))
+    assert [one["reply"] for one in left] == [
+        model.generate([prompt], max_new_tokens=6)[0]
+        for prompt in sorted(PROMPTS, key=lambda one: [p["example_id"] for p in left].index(one.id))
+    ]
+
+
+def test_beside_an_alpha_that_breaks_the_model_the_others_have_their_scores(
+    model, vector, done, tmp_path, monkeypatch
+):
+    """Whole and broken doses share batches; killed and resumed, the bytes are the same."""
+    keys = {"alphas": [-3.0, 1.5, 3.0, 1e39], "anchors": [2.0]}
+    found = sweep(model, vector, tmp_path / "run", **keys).folder
+    broken = "method_1_1e+39", "method_2_1e+39"
+    own = {(row["method"], row["alpha"]): row for row in rows(found)}
+    for row in rows(done):
+        assert own.pop((row["method"], row["alpha"])) == row
+    assert {row["note"] for row in own.values()} == {"broke the model"}
+    assert {row["behaviour"] for row in own.values()} == {""}
+    summary = json.loads((found / "summary.json").read_text(encoding="utf-8"))
+    assert tuple(summary["broken"]) == broken
+    assert all("alpha = 1e+39" in why and "step 1" in why for why in summary["broken"].values())
+    assert summary["plots"] == FOUR, "a dose without replies is no reply without a score"
+    ledger = json.loads((found / "finished.json").read_text())["ledger"]
+    assert ledger["failed"] == {"broke the model": 2 * len(PROMPTS)}
+    assert ledger["in"] == 11 * len(PROMPTS)
+    generated, calls = model.generate, []
+
+    def generate(*given, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return generated(*given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(model, "generate", generate)
+        sweep(model, vector, tmp_path / "again", **keys)
+    sweep(model, vector, tmp_path / "again", **keys)
+    assert contents(tmp_path / "again") == contents(found)
+
+
+def test_a_sweep_of_which_no_reply_could_be_scored_is_refused(model, vector, tmp_path, monkeypatch):
+    monkeypatch.setattr(Lexicon, "score", lambda self, prompts, _: np.full(len(prompts), np.nan))
+    with pytest.raises(InputError, match="none of the 28 replies has a score of behaviour: "):
+        sweep(model, vector, tmp_path / "run")
+    assert not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_a_bare_vector_is_told_by_the_key_that_places_it(model, vector, tmp_path):
+    from saefty.interventions.vectors import load_vector
+
+    np.save(tmp_path / "bare.npy", load_vector(vector).values.numpy())
+    with pytest.raises(ConfigError, match="bare.npy is a bare vector") as error:
+        sweep(model, tmp_path / "bare.npy", tmp_path / "run")
+    assert "steer.layer=20" in error.value.then
+    assert "--layer" not in error.value.then
 
 
 def test_a_vector_of_another_model_is_told(model, vector, tmp_path, caplog):

@@ -5,17 +5,21 @@ the same in every picture, and no difference is told by colour alone. Each text 
 that hold its letters, of those that are installed.
 """
 
-from collections.abc import Callable
+import textwrap
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from saefty import fsio
 from saefty.fonts import FIRST, MissingLetters, fit_figure, quiet
+from saefty.metrics.intervals import Interval
 from saefty.registry import Registry
 
 Canvas: TypeAlias = Figure | SubFigure
@@ -37,6 +41,8 @@ DARK_SERIES = ("#56B4E9", "#E69F00", "#3ECFA0", "#E69CC6", "#F0E442", "#FF7A45",
 
 DPI = 160
 SIZE = (7.2, 4.5)
+LETTERS_AN_INCH = 9.8
+"""Of a heading."""
 MISSING = MissingLetters()
 """What was said of letters that no font holds, so that it is said once and not for each picture."""
 
@@ -125,6 +131,51 @@ def style() -> dict[Any, Any]:
     }
 
 
+def draw_intervals(
+    ax: Axes,
+    places: np.ndarray,
+    values: Sequence[Interval],
+    colour: str,
+    marker: str,
+    line: str,
+    label: str,
+    scale: float = 1.0,
+) -> None:
+    """Draw a curve with a band of its intervals: filled marks where the line is solid, else hollow.
+
+    Args:
+        ax: Where to draw.
+        places: Place of each value on the x axis; where there are more, the first ones.
+        values: The intervals; without any nothing is drawn.
+        colour: Of line, marks and band.
+        marker: matplotlib's sign of a mark.
+        line: matplotlib's sign of a line.
+        label: In the legend.
+        scale: What values are multiplied by, 100 for percent.
+    """
+    if not values:
+        return
+    places = places[: len(values)]
+    middle, low, high = (
+        scale * np.array([getattr(one, end) for one in values])
+        for end in ("estimate", "low", "high")
+    )
+    solid = line == "-"
+    ax.fill_between(places, low, high, color=colour, alpha=0.16 if solid else 0.07, linewidth=0)
+    face = colour if solid else "white"
+    ax.plot(
+        places,
+        middle,
+        linestyle=line,
+        marker=marker,
+        color=colour,
+        markerfacecolor=face,
+        markersize=5.5,
+        linewidth=1.9,
+        label=label,
+    )
+
+
 def say_nothing_to_draw(ax: Axes, why: str) -> None:
     """Write on empty axes why there is nothing on them."""
     ax.set_axis_off()
@@ -135,3 +186,20 @@ def say_nothing_to_draw(ax: Axes, why: str) -> None:
 def shortened(name: str, most: int) -> str:
     """Return a name with its end left out if it is longer than so many characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def letters(text: str) -> int:
+    """Return how many Latin letters a text is as wide as; an East Asian one is as wide as two."""
+    return len(text) + sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+
+
+def heading(text: str, figure: Canvas, beside: int = 0) -> str:
+    """Return the heading of a picture with one pair of axes, in lines that have room above them.
+
+    Args:
+        text: What to say.
+        figure: Where.
+        beside: Letters of the longest label that stands beside the axes.
+    """
+    room = LETTERS_AN_INCH * figure.get_figure(root=True).get_figwidth() - 5 - 0.65 * beside
+    return textwrap.fill(text, max(20, int(room * len(text) / max(letters(text), 1))))

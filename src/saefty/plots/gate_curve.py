@@ -8,15 +8,24 @@ prompts, and whether the text stays fluent, stands beside it.
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from saefty.metrics.intervals import Interval
-from saefty.plots.base import HARMFUL, HARMLESS, NEUTRAL, PLOTS, Canvas, say_nothing_to_draw
+from saefty.plots.base import (
+    HARMFUL,
+    HARMLESS,
+    NEUTRAL,
+    PLOTS,
+    Canvas,
+    draw_intervals,
+    say_nothing_to_draw,
+)
 
 
 @dataclass(frozen=True)
 class GateCurve:
     """What the picture shows; each series has one interval a count, shares from 0 to 1.
+
+    Those of the controls end earlier where there are fewer controls than gated latents.
 
     Attributes:
         counts: Numbers of gated latents, 0 first.
@@ -60,52 +69,20 @@ def draw(data: GateCurve, figure: Canvas) -> None:
         ("harmless prompts, control latents gated", data.control_harmless, HARMLESS, "s", ":"),
     )
     for label, values, colour, marker, line in series:
-        _curve(top, places, values, colour, marker, line, label, scale=100.0)
+        draw_intervals(top, places, values, colour, marker, line, label, scale=100.0)
     top.set_ylim(-3, 103)
     top.set_ylabel(f"{data.behaviour} (% of prompts)")
     top.set_title(_headline(data))
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     if data.target_fluency:
-        _curve(bottom, places, data.target_fluency, NEUTRAL, "o", "-", "chosen")
-        _curve(bottom, places, data.control_fluency, NEUTRAL, "s", ":", "control")
+        draw_intervals(bottom, places, data.target_fluency, NEUTRAL, "o", "-", "chosen")
+        draw_intervals(bottom, places, data.control_fluency, NEUTRAL, "s", ":", "control")
         ends = [one.low for one in (*data.target_fluency, *data.control_fluency)]
         lowest = np.nanmin([*ends, 0.75])
         bottom.set_ylim(max(0.0, lowest - 0.05), 1.04)
         bottom.set_ylabel("fluency\n(1 = as before)")
     bottom.set_xticks(places, [str(count) for count in data.counts])
     bottom.set_xlabel("number of gated latents; bands: 95% interval")
-
-
-def _curve(
-    ax: Axes,
-    places: np.ndarray,
-    values: tuple[Interval, ...],
-    colour: str,
-    marker: str,
-    line: str,
-    label: str,
-    scale: float = 1.0,
-) -> None:
-    if not values:
-        return
-    middle, low, high = (
-        scale * np.array([getattr(one, end) for one in values])
-        for end in ("estimate", "low", "high")
-    )
-    solid = line == "-"
-    ax.fill_between(places, low, high, color=colour, alpha=0.16 if solid else 0.07, linewidth=0)
-    face = colour if solid else "white"
-    ax.plot(
-        places,
-        middle,
-        linestyle=line,
-        marker=marker,
-        color=colour,
-        markerfacecolor=face,
-        markersize=5.5,
-        linewidth=1.9,
-        label=label,
-    )
 
 
 def _headline(data: GateCurve) -> str:
@@ -115,7 +92,7 @@ def _headline(data: GateCurve) -> str:
         return f"{data.behaviour.capitalize()} could not be judged"
     at = int(np.nanargmax(falls)) if data.claim is None else data.counts.index(data.claim)
     count = data.counts[at]
-    if falls[at] < 1 or not data.control_harmful:
+    if falls[at] < 1 or len(data.control_harmful) <= at:
         return f"Gating up to {max(data.counts)} latents: {data.behaviour} of harmful prompts"
     control = 100 * (data.control_harmful[at].estimate - data.control_harmful[0].estimate)
     latents = "latent" if count == 1 else "latents"

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from saefty.metrics.intervals import Interval
-from saefty.plots.base import FOUND, HARMLESS, NEUTRAL, PLOTS, Canvas, say_nothing_to_draw
+from saefty.plots.base import FOUND, HARMLESS, NEUTRAL, PLOTS, Canvas, heading, say_nothing_to_draw
 
 LOWEST, HIGHEST = 1.0, 10.0
 SAME = 0.05
@@ -31,6 +31,8 @@ class SteerCurve:
         marked: Alphas to mark.
         thin: Alphas of whose replies too few have a score.
         replies: Replies at each alpha; 0 does not tell.
+        beside: The name of the other score, which the heading tells at the same alpha.
+        others: The other score at each alpha, on the same scale.
     """
 
     alphas: tuple[float, ...]
@@ -41,6 +43,8 @@ class SteerCurve:
     marked: tuple[float, ...] = ()
     thin: tuple[float, ...] = ()
     replies: int = 0
+    beside: str = ""
+    others: tuple[float, ...] = ()
 
 
 @PLOTS.register("steer_curve")
@@ -74,7 +78,7 @@ def draw(data: SteerCurve, figure: Canvas) -> None:
     ax.set_yticks(range(1, 11))
     ax.set_ylabel(f"{data.what} (1 to 10)")
     ax.set_xlabel(f"alpha, {data.unit}" if data.unit else "alpha")
-    ax.set_title(_headline(data, middle))
+    ax.set_title(heading(_headline(data, middle), figure))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
@@ -91,7 +95,8 @@ def _references(ax: Axes, data: SteerCurve, middle: np.ndarray) -> None:
 def _headline(data: SteerCurve, middle: np.ndarray) -> str:
     """Say what the model does unsteered, and where steering takes it furthest from that.
 
-    Where too few replies have a score, how far is not known.
+    With the other score there, as much of a behaviour may be had at the price of all fluency. Where
+    too few replies have a score, how far is not known.
     """
     plain = [value for alpha, value in zip(data.alphas, middle, strict=True) if alpha == 0]
     base = plain[0] if plain and not np.isnan(plain[0]) else float(np.nanmin(middle))
@@ -103,4 +108,7 @@ def _headline(data: SteerCurve, middle: np.ndarray) -> str:
         return f"{data.method}: {data.what} is {base:.1f} at every α"
     alpha = f"{data.alphas[far]:.6g}".replace("-", "−")
     from_where = f"{base:.1f} unsteered, " if plain else ""
-    return f"{data.method}: {data.what} {from_where}{middle[far]:.1f} at α = {alpha}"
+    text = f"{data.method}: {data.what} {from_where}{middle[far]:.1f} at α = {alpha}"
+    if data.others and not np.isnan(data.others[far]):
+        text += f", with {data.beside} {data.others[far]:.1f}"
+    return text
