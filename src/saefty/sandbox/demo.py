@@ -3,11 +3,11 @@
 Documents of the world train an SAE on the shipped model's activations; labelled requests about
 verb x object pairs that the model never saw in training say which latents track harm; silencing
 them shows whether they carry the refusal. Every step is a command a user could type, and is logged
-so.
+so. The model, and texts to steer it with, are left beside the runs for commands of one's own.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from saefty import fsio
 from saefty.config import Config, load_config
 from saefty.models.base import ModelAdapter, load_model
 from saefty.records import Example
+from saefty.sandbox.documents import Document
 from saefty.sandbox.language_model import MODEL_FOLDER, train_language_model
 from saefty.sandbox.world import World
 from saefty.stages import encode, extract, train
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 
 LAYER = 1
 GATED = 8
-DOCUMENTS_SEED, REQUESTS_SEED = 11, 22
+DOCUMENTS_SEED, REQUESTS_SEED, STORIES_SEED, STARTS_SEED = 11, 22, 33, 44
+STORIES, STARTS = 200, 128
+PER_STORY = 45
+"""Documents among which one is a story of a given language, with room to spare: 33 on average."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def run(
     """Extract, train, encode and evaluate on the sandbox; resume what an earlier call left.
 
     Args:
-        out: Folder of all runs and data of the demo.
+        out: Folder of all runs and data of the demo, and of a copy of the model.
         short: Do less of everything.
         seed: Seed of documents, requests, training and splits.
         model_folder: A sandbox model; None takes the one that ships with the package.
@@ -74,10 +78,13 @@ def run(
         model_folder = retrain
     folder = model_folder or MODEL_FOLDER
     model = load_model(str(folder))
+    keep_model(folder, out / "model")
     documents, requests = out / "data" / "documents.jsonl", out / "data" / "requests.jsonl"
     _write(documents, _document_records(world, model, size.documents, DOCUMENTS_SEED + seed))
     _write(requests, _request_records(world, size.requests, REQUESTS_SEED + seed))
-    _stage(
+    for name, records in steering_texts(world, seed).items():
+        _write(out / "data" / f"{name}.jsonl", records)
+    stage(
         extract.run,
         extract.ExtractConfig,
         model,
@@ -88,7 +95,7 @@ def run(
         f"extract.layers=[{LAYER}]",
         f"run.dir={out / 'extract'}",
     )
-    trained = _stage(
+    trained = stage(
         train.run,
         train.TrainConfig,
         model,
@@ -98,7 +105,7 @@ def run(
         f"train.seed={seed}",
         f"run.dir={out / 'sae'}",
     )
-    _stage(
+    stage(
         encode.run,
         encode.EncodeConfig,
         model,
@@ -111,7 +118,7 @@ def run(
         "data.id=id",
         f"run.dir={out / 'features'}",
     )
-    outcome = _stage(
+    outcome = stage(
         evaluate.run,
         evaluate.EvalConfig,
         model,
@@ -128,6 +135,29 @@ def run(
     return Outcome("demo", outcome.folder, figures)
 
 
+def steering_texts(world: World, seed: int) -> dict[str, Sequence[dict[str, Any]]]:
+    """Return stories in French and in English to learn a direction from, and English starts.
+
+    A start is the first sentence of a story that is not among the others, so that what a model
+    writes next begins with a sentence, in the language that comes to it.
+    """
+    contrast = world.documents(PER_STORY * STORIES, seed=STORIES_SEED + seed)
+    others = world.documents(PER_STORY * STARTS, seed=STARTS_SEED + seed)
+    starts = _stories(others, "en")[:STARTS]
+    return {
+        "french": _stories(contrast, "fr")[:STORIES],
+        "english": _stories(contrast, "en")[:STORIES],
+        "starts": [{**one, "text": one["text"].partition(" .")[0] + " ."} for one in starts],
+    }
+
+
+def keep_model(source: Path, kept: Path) -> None:
+    """Copy a model's files beside the runs, for commands of one's own."""
+    if source.resolve() != kept.resolve():
+        for file in sorted(one for one in source.iterdir() if one.is_file()):
+            fsio.commit_bytes(kept / file.name, file.read_bytes())
+
+
 def table(outcome: Outcome) -> str:
     """Return the result as text: the evidence in the order of its strength, and what follows."""
     layer = outcome.figures["layers"][str(LAYER)]
@@ -142,7 +172,7 @@ def table(outcome: Outcome) -> str:
         _gate_line(f"{count} harm latents", by_arm.get("target")),
         _gate_line(f"{count} equally active others", by_arm.get("control")),
         "2. What else could tell harmful from harmless (AUROC)",
-        *(f"   {name:<44} {_interval(p['auroc'])}" for name, p in layer["probes"].items()),
+        *(f"   {name:<44} {show_interval(p['auroc'])}" for name, p in layer["probes"].items()),
         "3. Single latents (AUROC on the half that had no part in choosing them)",
         *_latent_lines(layer),
         "",
@@ -179,11 +209,11 @@ def _latent_lines(layer: dict[str, Any]) -> list[str]:
     for one in latents[:3]:
         mark = "finding" if one["found"] else "not a finding"
         lines.append(
-            f"   {'latent ' + str(one['latent']):<44} {_interval(one['auroc'])}  "
+            f"   {'latent ' + str(one['latent']):<44} {show_interval(one['auroc'])}  "
             f"p (Holm) {one['p_holm']:.2g}, p (max) {one['selection']['max_p']:.2g}: {mark}"
         )
     for name, interval in layer["controls"].items():
-        lines.append(f"   {'best of control: ' + name:<44} {_interval(interval)}")
+        lines.append(f"   {'best of control: ' + name:<44} {show_interval(interval)}")
     return lines
 
 
@@ -208,7 +238,8 @@ def _verdict(ungated: dict[str, Any], by_arm: dict[str, Any], finding: bool) -> 
     )
 
 
-def _interval(interval: dict[str, Any]) -> str:
+def show_interval(interval: Mapping[str, Any]) -> str:
+    """Return an estimate with the ends of its interval."""
     return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
@@ -242,14 +273,28 @@ def _request_records(world: World, n: int, seed: int) -> Sequence[dict[str, Any]
     ]
 
 
+def _stories(documents: Sequence[Document], language: str) -> list[dict[str, Any]]:
+    return [
+        {"id": one.id, "text": one.text}
+        for one in documents
+        if one.kind == "story" and one.language == language
+    ]
+
+
 def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     fsio.commit_text(path, "".join(fsio.dump_json_line(record) for record in records))
 
 
-def _stage(
-    stage: Callable[..., Outcome], config: type[Config], model: ModelAdapter, *words: str
+def stage(
+    job: Callable[..., Outcome], config: type[Config], model: ModelAdapter | None, *words: str
 ) -> Outcome:
-    """Run a stage as its command would, with the model that is loaded already."""
-    name = stage.__module__.rpartition(".")[2]
-    log.info("$ saefty %s %s", name, " ".join(words))
-    return stage(load_config(config, None, words), model=model)
+    """Run a stage as its command would, with a model that is loaded already.
+
+    Args:
+        job: The stage's `run`.
+        config: The class of its configuration.
+        model: The model; None where the stage needs none.
+        *words: The command's words.
+    """
+    log.info("$ saefty %s %s", job.__module__.rpartition(".")[2], " ".join(words))
+    return job(load_config(config, None, words), model=model)
