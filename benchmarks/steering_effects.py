@@ -179,6 +179,8 @@ def compared(
             },
             "max_new_tokens": given.tokens,
             "temperature": 1.0,
+            # At CAA's best strength up to a tenth of the drawn replies are empty: no score.
+            "coverage": 0.85,
             "seed": seed,
             "batch_size": 512,
         },
@@ -209,8 +211,10 @@ def family_rows(seed: int, figures: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         name = max(own, key=lambda one: own[one]["best"]["chosen_on"])
         best = own[name]["best"]
-        topic = figures["attributes"][name][0]
-        latents = figures["latents"][name]
+        # What else a way does is measured where it steers: at alpha 0 it is the model as it is.
+        topic = figures["attributes"].get(name, [{}])[0]
+        latents = figures["latents"].get(name, {})
+        harmless = figures["harmless"].get(name, {})
         rows.append(
             {
                 "seed": seed,
@@ -222,13 +226,13 @@ def family_rows(seed: int, figures: dict[str, Any]) -> list[dict[str, Any]]:
                 "high": best["score"]["high"],
                 "french": best["behaviour"]["estimate"],
                 "fluency": best["coherence"]["estimate"],
-                "topic_before": topic["before"],
-                "topic_change": topic["change"]["estimate"],
-                "topic_p": topic["p_holm"],
-                "moved": latents["moved"],
-                "on_target": latents["on_target"],
-                "against_target": latents["against_target"],
-                "kl": figures["harmless"][name]["kl"]["estimate"],
+                "topic_before": topic.get("before"),
+                "topic_change": topic.get("change", {}).get("estimate"),
+                "topic_p": topic.get("p_holm"),
+                "moved": latents.get("moved"),
+                "on_target": latents.get("on_target"),
+                "against_target": latents.get("against_target"),
+                "kl": harmless.get("kl", {}).get("estimate"),
             }
         )
     return rows

@@ -14,6 +14,7 @@ SCRIPTS = {
     "encode_speed.py": ["--rounds", "1"],
     "annotate_speed.py": ["--rounds", "1", "--samples", "6"],
     "steering_speed.py": ["--rounds", "1"],
+    "contrast_speed.py": ["--rounds", "1", "--prompts", "2"],
 }
 
 

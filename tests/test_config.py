@@ -218,3 +218,11 @@ def test_a_mapping_without_a_space_after_the_colon_is_explained():
         "sae.options: {l1:3} names a key 'l1:3' without a value.\n"
         "Write sae.options.l1=3, or a space after the colon in quotes: sae.options='{l1: 3}'."
     )
+
+
+@pytest.mark.parametrize("text", ["{caa: A, sae_ts: B, caa: C}", "sae: {k: 1, k: 1}"])
+def test_a_key_that_stands_twice_is_refused_where_yaml_would_take_the_last(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert "stands there 2 times" in refused(path=path)
+    assert "stands there 2 times" in refused(f"sae.options={text}")

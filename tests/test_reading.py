@@ -1,5 +1,7 @@
 """The loop that reads a model: poolings by hand, truncation, NaN, a plan that never changes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,11 @@ from saefty.reading import (
     PoolingSection,
     ReadingSection,
     SaveSection,
+    computed_part,
     kept_tokens,
     prepare,
 )
-from saefty.records import Example, Site
+from saefty.records import ROLES, Example, Site
 
 SITES = [Site(0), Site(2)]
 TEXTS = ["How do I bake bread at home?", "Mix flour.", "the model reads a prompt", "a"]
@@ -90,7 +93,78 @@ def test_an_example_that_a_span_does_not_reach_is_left_out_and_counted(model):
     assert reading.ledger.as_record()["skipped"] == {"no_tokens": len(TEXTS) - len(kept)}
 
 
-@pytest.mark.parametrize("bad", [{"name": "span_mean"}, {"span": (3, 3)}, {"span": (-1, 2)}])
+def with_spans(*spans):
+    return [replace(one, span=span) for one, span in zip(EXAMPLES, spans, strict=True)]
+
+
+def test_span_mean_takes_each_examples_own_span_where_none_is_set_for_all(model):
+    spans = [(1, 4), (2, 3), (0, 2), (1, 2)]
+    (piece,), reading = read(model, with_spans(*spans), pooling=PoolingSection(name="span_mean"))
+    wanted = [
+        alone(model, example, 2)[1][slice(*span)].mean(dim=0)
+        for example, span in zip(EXAMPLES, spans, strict=True)
+    ]
+    close(piece.activations[Site(2)], torch.stack(wanted))
+    assert [one["pooled_tokens"] for one in reading.records()] == [list(span) for span in spans]
+
+
+def test_an_example_without_a_span_is_left_out_counted_and_told_how_to_get_one(model):
+    some = with_spans((1, 3), None, (1, 2), (1, 2))
+    pieces, reading = read(model, some, pooling=PoolingSection(name="span_mean"))
+    assert pieces[0].rows["example"].tolist() == [0, 2, 3]
+    assert reading.ledger.as_record()["skipped"] == {"no_span": 1}
+    with pytest.raises(InputError, match="no_span 4") as error:
+        read(model, pooling=PoolingSection(name="span_mean"))
+    assert "set data.span to a column of them" in error.value.then
+    assert "extract.pooling.span=[start,end]" in error.value.then
+
+
+def test_the_table_says_which_tokens_were_averaged(model):
+    _, reading = read(model, pooling=PoolingSection(name="last_k_mean", last_k=2))
+    lengths = [len(item.ids) for item in model.tokenize(EXAMPLES)]
+    assert [one["pooled_tokens"] for one in reading.records()] == [
+        [max(1, n - 2), n] for n in lengths
+    ]
+    assert "pooled_tokens" not in next(read(model)[1].records())
+
+
+def with_image(model, example, image):
+    """Return an example of which some tokens are said to stand for an image."""
+    (item,) = model.tokenize([example])
+    roles = item.roles.copy()
+    roles[image] = ROLES.index("image")
+    return replace(item, roles=roles)
+
+
+def test_text_only_mean_begins_behind_the_last_image_token(model):
+    item = with_image(model, EXAMPLES[0], slice(2, 5))
+    section = ReadingSection(pooling=PoolingSection(name="text_only_mean"))
+    assert np.flatnonzero(kept_tokens(item, section)).tolist() == [*range(5, len(item.ids))]
+    plain = ReadingSection()
+    assert np.flatnonzero(kept_tokens(item, plain)).tolist() == [*range(1, len(item.ids))]
+
+
+def test_an_image_is_never_cut_though_what_is_kept_lies_before_it(model):
+    item = with_image(model, EXAMPLES[0], slice(4, 7))
+    section = ReadingSection(tokens="prompt_end")
+    whole = replace(item, response_start=3)  # the prompt ends before the image
+    assert np.flatnonzero(kept_tokens(whole, section)).tolist() == [2]
+    assert len(computed_part(whole, section, model).ids) == 7
+    behind = replace(item, response_start=9)
+    assert len(computed_part(behind, section, model).ids) == 9
+
+
+@pytest.mark.parametrize(
+    ("spelled", "part"),
+    [("post_mlp", "resid_post"), ("hook_resid_mid", "post_attn_resid"), ("mlp", "mlp_out")],
+)
+def test_a_hook_point_is_read_in_other_spellings(spelled, part):
+    assert ReadingSection(hook_point=spelled).hook_point == part
+    with pytest.raises(ValidationError, match="hook_point"):
+        ReadingSection(hook_point=f"{spelled}_")
+
+
+@pytest.mark.parametrize("bad", [{"span": (3, 3)}, {"span": (-1, 2)}])
 def test_a_span_that_cannot_be_meant_is_refused_in_the_configuration(bad):
     with pytest.raises(ValidationError, match="span"):
         PoolingSection(**bad)

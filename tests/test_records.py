@@ -62,3 +62,9 @@ def test_a_category_is_written_and_read():
     example = Example("7", "p", category="Privacy Violations")
     assert example_record(example)["category"] == "Privacy Violations"
     assert example_from(example_record(example)) == example
+
+
+def test_a_span_is_written_and_read():
+    example = Example("7", "p", span=(3, 8))
+    assert example_record(example)["span"] == [3, 8]
+    assert example_from(example_record(example)) == example

@@ -4,10 +4,18 @@ import pytest
 import torch
 
 import tiny_models
-from saefty.errors import ConfigError, IntegrityError
+from saefty.errors import ConfigError, IntegrityError, NumericError
 from saefty.interventions.vectors import SteeringVector
 from saefty.records import Example, Site
-from saefty.steering import PLAIN, Arm, Dose, Sampling, check_names, replies_under
+from saefty.steering import (
+    PLAIN,
+    Arm,
+    Dose,
+    Sampling,
+    check_names,
+    check_places,
+    replies_under,
+)
 
 PROMPTS = [Example("a", "the lazy dog", raw=True), Example("b", "the model reads", raw=True)]
 ALPHAS = [0.0, 1.0, 2.0]
@@ -72,7 +80,7 @@ def spoilt(lines, how):
 @pytest.mark.parametrize("how", ["short", "swapped", "other arm", "other alpha", "no reply"])
 def test_a_file_that_does_not_hold_its_replies_is_refused(model, tmp_path, how):
     first = make(model, tmp_path)
-    assert set(first) == {PLAIN, Dose("one", 1.0), Dose("one", 2.0)}
+    assert set(first.replies) == {PLAIN, Dose("one", 1.0), Dose("one", 2.0)}
     assert make(model, tmp_path) == first
     path = tmp_path / "one" / "00000.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -82,3 +90,44 @@ def test_a_file_that_does_not_hold_its_replies_is_refused(model, tmp_path, how):
     assert "Remove it and run the same command again" in error.value.then
     path.unlink()
     assert make(model, tmp_path) == first
+
+
+def test_a_dose_that_breaks_on_one_prompt_is_broken_on_all_and_the_others_are_whole(
+    model, tmp_path, monkeypatch
+):
+    """It breaks in the second of two batches: what it replied in the first does not count."""
+    generated = model.generate
+    prompts = [*PROMPTS, Example("c", "Mix flour", raw=True), Example("d", "a robot", raw=True)]
+    last = min(prompts, key=lambda one: len(model.tokenize([one])[0].ids)).id
+
+    def generate(examples, **options):
+        alphas = [edit.describe(n) for _, edit in model._edits for n in range(len(examples))]
+        for one, told in zip(examples, alphas, strict=False):
+            if one.id == last and told.endswith("= 2"):
+                raise NumericError(f"the logits are NaN at step 3, under {told}.")
+        return generated(examples, **options)
+
+    given = (model, prompts, [arm("one")], ALPHAS, Sampling(3, batch_size=4))
+    whole = replies_under(*given, tmp_path / "whole")
+    monkeypatch.setattr(model, "generate", generate)
+    found = replies_under(*given, tmp_path / "run")
+    assert found.broken == {Dose("one", 2.0): "the logits are NaN at step 3, under method 1 with "
+                            "alpha = 2."}  # fmt: skip
+    assert found.replies == {
+        dose: texts for dose, texts in whole.replies.items() if dose.alpha != 2.0
+    }
+    monkeypatch.setattr(model, "generate", None)  # all is on disk
+    assert replies_under(*given, tmp_path / "run") == found
+
+
+def test_places_at_which_nothing_could_be_steered_are_refused(model):
+    """A reply of 3 tokens is read again but for its last: two places behind the longest prompt."""
+    longest = max(len(item.ids) for item in model.tokenize(PROMPTS))
+    check_places((longest + 1,), model, PROMPTS, 3)
+    check_places("both", model, PROMPTS, 3)
+    told = rf"place {longest + 2}: .* {longest} tokens and a reply up to 3, .* 0\.\.{longest + 1}"
+    with pytest.raises(ConfigError, match=told):
+        check_places((1, longest + 2), model, PROMPTS, 3)
+    with pytest.raises(ConfigError, match="all tokens at places 0 are special"):
+        check_places((0,), model, PROMPTS, 3)
+    check_places((0,), model, PROMPTS, 3, skip=False)

@@ -37,6 +37,39 @@ def result():
     )
 
 
+def test_where_no_product_is_above_that_of_not_steering_no_alpha_is_the_best(tmp_path, monkeypatch):
+    """All 0: the first of the grid, here -2, would be the largest of equals."""
+    monkeypatch.setattr(
+        steering_report, "save_plot", lambda name, data, path: fsio.commit_text(path, name)
+    )
+    doses = [PLAIN, Dose(ARM.name, -2.0), Dose(ARM.name, 1.0)]
+    behaviour = dict.fromkeys(doses, np.zeros(PROMPTS))
+    fluency = dict.fromkeys(doses, np.ones(PROMPTS))
+    result = SweepResult(
+        arms=(ARM,),
+        alphas=(-2.0, 0.0, 1.0),
+        anchors=(),
+        points=tuple(points_of(behaviour, fluency, None, boots=100, seed=0, relative=True)),
+        missing={"behaviour": {}, "fluency": {}},
+        behaviour="French",
+        judges={"behaviour": "regex", "fluency": "perplexity"},
+        prompts=PROMPTS,
+        coverage=0.95,
+        facts={},
+    )
+    assert result.best(ARM).dose == PLAIN
+    figures = write_sweep(tmp_path, result)
+    assert (figures["best"], figures["no_better"]) == ({ARM.name: None}, [ARM.name])
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "no strength beats not steering" in text
+    assert "flatters it" not in text
+    assert "fluency 1 by definition (`perplexity` is relative to these replies)" in text
+    line = (tmp_path / "sweep.csv").read_text(encoding="utf-8").splitlines()
+    table = dict(zip(line[0].split(","), line[2].split(","), strict=True))
+    assert (table["alpha"], table["fluency"]) == ("0.0", "1.0")
+    assert (table["fluency_low"], table["fluency_high"]) == ("", "")
+
+
 def test_a_strength_with_few_scores_is_not_the_best(result):
     products = {point.dose.alpha: point.product.estimate for point in result.points}
     assert products[2.0] > products[1.0], "of what is left"

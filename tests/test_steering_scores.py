@@ -50,6 +50,25 @@ def test_missing_scores_are_left_out_of_means_and_counted():
     assert share_scored([plain, strong], "fluency") == 6 / 8
 
 
+def test_what_fluency_compares_with_is_1_by_definition_and_has_no_interval():
+    behaviour = {PLAIN: np.array([0.0, 0, 0, 1]), STRONG: np.array([1.0, 1, 1, 0.4])}
+    fluency = {PLAIN: np.array([1.0, 1, NAN, 1]), STRONG: np.ones(4)}
+    plain, strong = points_of(behaviour, fluency, None, boots=100, seed=0, relative=True)
+    assert (plain.fluency.mean.estimate, plain.fluency.mean.method) == (1.0, "1 by definition")
+    assert np.isnan([plain.fluency.mean.low, plain.fluency.mean.high]).all()
+    assert strong.fluency.mean.low < 1, "of the steered replies 1 was measured"
+    assert plain.product.low < plain.product.high
+    measured, _ = points_of(behaviour, fluency, None, boots=100, seed=0)
+    assert measured.fluency.mean.low < 1
+
+
+def test_a_dose_that_broke_counts_neither_for_nor_against_the_coverage():
+    behaviour = {PLAIN: np.ones(4), STRONG: np.full(4, NAN)}
+    points = points_of(behaviour, behaviour, None, boots=100, seed=0, broken={STRONG: "NaN"})
+    assert [point.broken for point in points] == ["", "NaN"]
+    assert share_scored(points, "behaviour") == 1.0
+
+
 def test_the_product_s_interval_is_that_of_the_same_draws_for_both_means():
     rng = np.random.default_rng(0)
     behaviour, fluency = rng.random(30), rng.random(30)

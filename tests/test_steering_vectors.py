@@ -92,6 +92,23 @@ def test_a_contrast_of_one_side_is_refused_with_both_counts(model, sae, sides):
         latent_difference(model, sae, *sides)
 
 
+def test_very_unequal_sides_are_told_once_and_like_ones_are_not(model, caplog):
+    """A mean of one text is that text, however many stand against it."""
+    many = [Example(f"m{n}", f"the lazy dog {n}", raw=True) for n in range(4)]
+    caa_vector(model, SITE, many[:3], NEGATIVE[:1])
+    assert "unequal" not in caplog.text
+    caa_vector(model, SITE, many, NEGATIVE[:1])
+    assert caplog.text.count("very unequal, 4 positive and 1 negative texts") == 1
+
+
+def test_both_contrasts_take_the_mean_over_tokens_unless_told(model, sae):
+    for make, given in ((caa_vector, SITE), (latent_difference, sae)):
+        own = make(model, given, POSITIVE, NEGATIVE)
+        assert own.provenance["pooling"] == "mean"
+        same = make(model, given, POSITIVE, NEGATIVE, pooling="mean")
+        assert torch.equal(own.values, same.values)
+
+
 def test_two_equal_sides_have_no_direction(model):
     with pytest.raises(NumericError, match="zero in all"):
         caa_vector(model, SITE, POSITIVE, POSITIVE)

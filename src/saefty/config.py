@@ -212,6 +212,13 @@ class _SafeLoader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # of which YAML takes the last, and nobody is told
+            raise yaml.YAMLError(f"the key {twice!r} stands there {names.count(twice)} times")
+        return super().construct_mapping(node, deep)
+
 
 def parse_yaml(text: str, what: str) -> Any:
     """Read one YAML document with the safe loader.

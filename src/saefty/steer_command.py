@@ -18,7 +18,7 @@ from saefty.command import (
     guarded,
     run_stage,
 )
-from saefty.steer_vector_command import effects
+from saefty.steer_vector_command import effects, told_by_flags
 from saefty.steer_vector_command import vector as make_vector
 
 steering = typer.Typer(
@@ -33,7 +33,7 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to reply to.")] = None,
     alpha: Annotated[
         list[float] | None,
-        typer.Option("--alpha", help="How strongly; may be given several times."),
+        typer.Option("--alpha", help="How strongly, in --unit; may be given several times."),
     ] = None,
     vector: Annotated[
         Path | None, typer.Option("--vector", help="A vector that was saved.")
@@ -50,6 +50,10 @@ def generate(
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="A file of prompts instead of words.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write all replies here: FILE.jsonl, a line a prompt."),
     ] = None,
     method: Annotated[
         int, typer.Option("--method", min=1, max=2, help="1 adds; 2 adds and keeps the norm.")
@@ -94,12 +98,14 @@ def generate(
 ) -> None:
     """Print what a model replies, plain and steered, side by side.
 
-    Example: saefty steer generate --vector runs/french --alpha 8 "How do I bake bread?"
+    Of more than ten prompts ten are shown, and a file holds all.
+
+    Example: saefty steer generate --vector french --unit residual --alpha 0.5 "How do I bake?"
     """
 
     def job() -> None:
         from saefty.config import build_config
-        from saefty.stages.steer_generate import GenerateConfig, replies, shown
+        from saefty.stages.steer_generate import GenerateConfig, check_file, keep, replies, shown
 
         settings: dict[str, Any] = {
             "steer": {
@@ -126,8 +132,11 @@ def generate(
             "dtype": dtype,
             "device": device,
         }
-        found = replies(build_config(GenerateConfig, settings))
-        typer.echo(json.dumps(found, ensure_ascii=False) if as_json else shown(found))
+        check_file(out)
+        with told_by_flags(GenerateConfig, "steer"):
+            found = replies(build_config(GenerateConfig, settings))
+        kept = None if as_json and out is None else keep(found, out)
+        typer.echo(json.dumps(found, ensure_ascii=False) if as_json else shown(found, kept=kept))
 
     guarded(job, quiet, debug, as_json)
 

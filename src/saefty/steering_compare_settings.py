@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from saefty.config import Config
 from saefty.data.base import DataSection
 from saefty.engine import ThreadsSection
-from saefty.interventions.base import Where, require_where
 from saefty.interventions.steer import Unit
 from saefty.models.base import ModelSection
 from saefty.runs import RunSection
+from saefty.steering_settings import JudgedSection, Tokens
 
 
 class AttributeSection(Config):
@@ -24,11 +24,11 @@ class AttributeSection(Config):
     """Settings of that judge."""
 
 
-class CompareSection(Config):
+class CompareSection(JudgedSection):
     """Which vectors to compare, and on what."""
 
     vectors: dict[str, Path]
-    """The vectors by name: `{caa: FOLDER, sae_ts: FOLDER}`."""
+    """The vectors by name: `{caa: FOLDER, sae_ts: FOLDER}`; each says where it is added."""
 
     random: int = Field(default=3, ge=0)
     """Random directions beside them: what any vector of this length does."""
@@ -37,30 +37,17 @@ class CompareSection(Config):
     """Strengths to try; 0 is always among them."""
 
     unit: Unit = "residual"
-    """What alpha = 1 means: `residual` the direction, as long as activations are on average;
-    `activation` the vector as it is."""
+    """What alpha = 1 means: `residual` the direction, as long as activations are on average, which
+    is one length for all vectors and the fair measure; `activation` the vector as it is, so that a
+    long one is pushed further by the same grid; `latent` as long as what its latent adds at its
+    largest value."""
 
     methods: tuple[Literal[1, 2], ...] = Field(default=(1,), min_length=1)
     """1 adds the vector; 2 adds it and keeps the activations' norm. Each vector is compared under
     each."""
 
-    where: Where = "both"
+    where: Tokens = "both"
     """At which tokens to act: both, prefill, decode, response, last, or a list of places."""
-
-    judge: str
-    """The judge of behaviour; `saefty list judges` names them."""
-
-    judge_options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of that judge."""
-
-    fluency: str = "perplexity"
-    """The judge of coherence."""
-
-    fluency_options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the judge of coherence."""
-
-    behaviour_name: str | None = None
-    """What the behaviour is called in tables and pictures; None takes the judge's name."""
 
     attributes: dict[str, AttributeSection] = Field(default_factory=dict)
     """Other attributes that might move, by name."""
@@ -77,10 +64,6 @@ class CompareSection(Config):
     max_new_tokens: int = Field(default=32, gt=0)
     """Longest reply, in tokens."""
 
-    temperature: float = Field(default=0.0, ge=0)
-    """0 takes the likeliest token; above, each prompt draws from a stream of its own, the same one
-    for all vectors and strengths."""
-
     seed: int = Field(default=0, ge=0)
     """Fixes the streams, the halves of the prompts, the random directions and the bootstrap."""
 
@@ -91,17 +74,8 @@ class CompareSection(Config):
     """Share of the replies that must have both scores, on the prompts for choosing and on the
     others, for a strength to be chosen and drawn: one that breaks the model leaves few."""
 
-    boots: int = Field(default=1000, ge=100)
-    """Draws of each bootstrap."""
-
     permutations: int = Field(default=2000, ge=100)
     """Exchanges for each p, at least; more are made where many pairs are compared."""
-
-    @field_validator("where")
-    @classmethod
-    def _where(cls, where: Where) -> Where:
-        require_where(where)
-        return where
 
 
 class CompareConfig(Config):

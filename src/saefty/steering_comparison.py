@@ -21,7 +21,7 @@ from saefty.metrics.steering import (
     score,
 )
 from saefty.steering import PLAIN, Dose
-from saefty.steering_scores import Scores
+from saefty.steering_scores import Scores, by_definition
 
 EXCHANGES = 100
 """At least so many exchanges a pair that is tested, so that the least p after Holm is 0.01."""
@@ -62,12 +62,18 @@ class Way:
     Attributes:
         name: Its name.
         strengths: What it did at each alpha, ascending.
-        best: The strength that scored best on the prompts for choosing.
+        best: The strength that scored best on the prompts for choosing; of several that did the
+            weakest, so that it is 0 where none beats not steering.
     """
 
     name: str
     strengths: tuple[Strength, ...]
     best: Strength
+
+    @property
+    def steers(self) -> bool:
+        """Whether a strength beats not steering, where strengths are chosen."""
+        return self.best.alpha != 0
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,10 @@ class Comparison:
     """The result.
 
     Attributes:
-        ways: Each way, the best score first.
+        ways: Each way, the best score first, those that do not steer last.
         unsteered: The model as it is, as a strength of 0.
-        differences: Every pair of ways, and of each with the unsteered model; of the random
-            directions, only the rival has a part in them.
+        differences: Every pair of ways that steer, and of each with the unsteered model; of the
+            random directions, only the rival has a part in them.
         rival: The random direction that scored best where it may be chosen; None without any.
         chosen_on: How many prompts the strengths were chosen on.
         reported: Which prompts the scores are of, by their places.
@@ -128,6 +134,7 @@ def compare(
     clusters: Int[np.ndarray, "prompts"] | None,
     *,
     controls: Collection[str] = (),
+    relative: bool = False,
     coverage: float,
     boots: int,
     permutations: int,
@@ -143,6 +150,7 @@ def compare(
         clusters: A code a prompt, equal for prompts that belong together.
         controls: The ways that are random directions. The one that scored best where it may be
             chosen stands for all of them in the differences.
+        relative: Coherence compares with the unsteered replies, whose own is 1 by definition.
         coverage: Share of the replies that must have both scores, on either half of the prompts,
             for a strength to be chosen: one that breaks the model leaves few, and these by luck.
         boots: Draws of each bootstrap.
@@ -160,10 +168,12 @@ def compare(
     draws = Bootstrap(int(reported.sum()), codes, boots=boots, seed=seed)
     ways: list[Way] = []
     best: dict[str, Outcomes] = {}
+    weakest_first = sorted(range(len(alphas)), key=lambda n: abs(alphas[n]))
     for arm in arms:
         outcomes = [outcomes_of(behaviour, coherence, arm, alpha) for alpha in alphas]
         try:
-            at = best_strength(outcomes, chosen_on, coverage=coverage)
+            ordered = [outcomes[n] for n in weakest_first]
+            at = weakest_first[best_strength(ordered, chosen_on, coverage=coverage)]
         except ValueError:
             most = max(min(one.of(chosen_on).share, one.of(reported).share) for one in outcomes)
             raise InputError(
@@ -174,24 +184,24 @@ def compare(
                 "lower compare.coverage in a new run.dir.",
             ) from None
         strengths = tuple(
-            _strength(alpha, one, chosen_on, coverage, draws)
+            _strength(alpha, one, chosen_on, coverage, draws, relative)
             for alpha, one in zip(alphas, outcomes, strict=True)
         )
         ways.append(Way(arm, strengths, strengths[at]))
         best[arm] = outcomes[at].of(reported)
-    ways.sort(key=lambda way: -way.best.score.estimate)
+    ways.sort(key=lambda way: (not way.steers, -way.best.score.estimate))
     rival = max(
         (way for way in ways if way.name in controls),
         key=lambda way: way.best.chosen_on,
         default=None,
     )
-    named = [way.name for way in ways if way.name not in controls or way is rival]
+    named = [way.name for way in ways if way.steers and (way.name not in controls or way is rival)]
     plain = outcomes_of(behaviour, coherence, PLAIN.arm, 0.0)
     tested = {**{name: best[name] for name in named}, PLAIN.arm: plain.of(reported)}
     pairs = _differences(tested, codes, draws, permutations, seed)
     return Comparison(
         tuple(ways),
-        _strength(0.0, plain, chosen_on, coverage, draws),
+        _strength(0.0, plain, chosen_on, coverage, draws, relative),
         tuple(pairs),
         rival.name if rival else None,
         int(chosen_on.sum()),
@@ -231,14 +241,18 @@ def _strength(
     chosen_on: Bool[np.ndarray, "prompts"],
     coverage: float,
     draws: Bootstrap,
+    relative: bool,
 ) -> Strength:
     here = outcomes.of(~chosen_on)
+    coherence = draws.mean(here.coherence)
+    if relative and alpha == 0:
+        coherence = by_definition(here.coherence, coherence)
     enough = is_scored(outcomes, chosen_on, coverage)
     nothing = Interval(np.nan, np.nan, np.nan, "too few scored", 0, draws.level)
     return Strength(
         alpha,
         draws.mean(here.behaviour),
-        draws.mean(here.coherence),
+        coherence,
         product_interval(draws, here.behaviour, here.coherence) if enough else nothing,
         float(score(outcomes.of(chosen_on))[0]) if enough else float("nan"),
         int((np.isnan(here.behaviour) | np.isnan(here.coherence)).sum()),

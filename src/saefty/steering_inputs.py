@@ -20,6 +20,10 @@ from saefty.steering_vectors import check_sae, decoder_vector, latent_maximum, o
 log = logging.getLogger(__name__)
 
 
+PLACED = "Name the block to add it at, too: steer.layer=20."
+"""What to do about a bare vector."""
+
+
 class Given:
     """A vector as it was asked for, before the model is there.
 
@@ -38,7 +42,7 @@ class Given:
         self.sae: SparseAutoencoder | None = None
         if section.vector is not None:
             bare = None if section.layer is None else Site(section.layer, _part(section, None))
-            vector = load_vector(section.vector, bare)
+            vector = load_vector(section.vector, bare, how=PLACED)
         else:
             assert section.sae is not None  # the configuration has one vector
             assert section.latent is not None

@@ -14,7 +14,15 @@ from saefty.plots.base import save_plot
 from saefty.plots.steer_curve import SteerCurve
 from saefty.report import Column, Section, Table, plain, write_report
 from saefty.steering import PLAIN, Arm
-from saefty.steering_scores import DosePoint, Kind, Score, share_scored, ten_points
+from saefty.steering_scores import (
+    BY_DEFINITION,
+    NONE_BETTER,
+    DosePoint,
+    Kind,
+    Score,
+    share_scored,
+    ten_points,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +56,7 @@ COLUMNS = (
     Column("note", "note"),
 )
 FEW = "too few scored"
+BROKE = "broke the model"
 SHORT = ("method", "alpha", "behaviour", "behaviour_1_10", "behaviour_missing", "fluency",
          "fluency_1_10", "fluency_missing", "product", "product_low", "product_high",
          "note")  # fmt: skip
@@ -92,13 +101,15 @@ class SweepResult:
         """Return the dose with the largest behaviour times fluency; None if none has both.
 
         A dose of whose replies too few have a score is none: a strength that breaks the model may
-        leave a handful that can be judged, and these the best of all.
+        leave a handful that can be judged, and these the best of all. Of several that are equal
+        the weakest is the best, and not steering where it does as well.
         """
         there = [
             one
             for one in self.curve(arm)
             if one.covered(self.coverage) and not np.isnan(one.product.estimate)
         ]
+        there.sort(key=lambda one: abs(one.dose.alpha))
         return max(there, key=lambda one: one.product.estimate, default=None)
 
 
@@ -133,6 +144,8 @@ def write_sweep(folder: Path, result: SweepResult) -> dict[str, Any]:
                 )
     figures = _figures(result, drawn, left_out)
     sections.append(Section("Every dose", table=Table(short, rows)))
+    if figures["broken"]:
+        sections.append(broken_section(figures["broken"]))
     sections.append(Section("How it was measured", _method(result)))
     write_report(
         folder,
@@ -147,6 +160,14 @@ def write_sweep(folder: Path, result: SweepResult) -> dict[str, Any]:
     return values
 
 
+def broken_section(broken: Mapping[str, str]) -> Section:
+    """Return the part of a report on strengths without replies: which, and why."""
+    columns = (Column("dose", "way and alpha"), Column("why", "why"))
+    rows = tuple({"dose": dose, "why": why} for dose, why in broken.items())
+    text = "They have no replies, so they have no score and cannot be chosen."
+    return Section("Strengths that broke the model", text, Table(columns, rows))
+
+
 def _draw(folder: Path, result: SweepResult, arm: Arm, kind: Kind) -> tuple[str, str]:
     """Draw one curve; return its file's name, and why it was left out, if it was."""
     name = f"{FILES[kind]}_vs_alpha_{arm.name}.png"
@@ -159,6 +180,7 @@ def _draw(folder: Path, result: SweepResult, arm: Arm, kind: Kind) -> tuple[str,
             + (f" (missing in the whole sweep: {told})" if told else "")
         )
     scores = [getattr(point, kind) for point in curve]
+    other: Kind = "fluency" if kind == "behaviour" else "behaviour"
     data = SteerCurve(
         result.alphas,
         tuple(_on_ten(one.mean) for one in scores),
@@ -172,12 +194,16 @@ def _draw(folder: Path, result: SweepResult, arm: Arm, kind: Kind) -> tuple[str,
             if one.told.share < result.coverage
         ),
         result.prompts,
+        _what(result, other),
+        tuple(ten_points(getattr(point, other).mean.estimate) for point in curve),
     )
     save_plot("steer_curve", data, folder / ASSETS / name)
     return name, ""
 
 
 def _on_ten(one: Interval) -> Interval:
+    if one.method == BY_DEFINITION:
+        one = replace(one, low=one.estimate, high=one.estimate)
     middle, low, high = map(ten_points, (one.estimate, one.low, one.high))
     return replace(one, estimate=middle, low=low, high=high)
 
@@ -192,7 +218,7 @@ def _title(result: SweepResult, arm: Arm, kind: Kind) -> str:
 
 def _row(result: SweepResult, arm: Arm, point: DosePoint) -> dict[str, Any]:
     row: dict[str, Any] = {"method": arm.method, "alpha": point.dose.alpha}
-    row["note"] = "" if point.covered(result.coverage) else FEW
+    row["note"] = BROKE if point.broken else "" if point.covered(result.coverage) else FEW
     for kind in KINDS:
         row |= {f"{kind}{key}": value for key, value in _cells(getattr(point, kind)).items()}
     for name, one in (("change", point.change), ("product", point.product)):
@@ -225,7 +251,7 @@ def _figures(
         "unsteered": {kind: getattr(unsteered, kind).mean.estimate for kind in KINDS},
         "best": {
             name: None
-            if point is None
+            if point is None or point.dose == PLAIN
             else {
                 "alpha": point.dose.alpha,
                 "behaviour": point.behaviour.mean.estimate,
@@ -234,6 +260,10 @@ def _figures(
             }
             for name, point in best.items()
         },
+        "no_better": [
+            name for name, point in best.items() if point is not None and point.dose == PLAIN
+        ],
+        "broken": {point.dose.name: point.broken for point in result.points if point.broken},
         "missing": result.missing,
         "plots": list(drawn),
         "plots_left_out": dict(left_out),
@@ -244,7 +274,7 @@ def _lead(result: SweepResult) -> str:
     base = next(point for point in result.points if point.dose == PLAIN)
     words = [
         f"Unsteered, {result.behaviour} is {base.behaviour.mean} (0 to 1) and fluency "
-        f"{base.fluency.mean}, over {result.prompts} prompts."
+        f"{_fluency(result, base)}, over {result.prompts} prompts."
     ]
     for arm in result.arms:
         best = result.best(arm)
@@ -255,8 +285,8 @@ def _lead(result: SweepResult) -> str:
             )
         elif best.dose == PLAIN:
             words.append(
-                f"{METHOD_WORDS[arm.method]}: no alpha of the grid has a larger product of both "
-                "than the unsteered model."
+                f"{METHOD_WORDS[arm.method]}: {NONE_BETTER}: no alpha of the grid has a larger "
+                f"product of both than the unsteered model's {base.product.estimate:.3f}."
             )
         else:
             words.append(
@@ -264,17 +294,31 @@ def _lead(result: SweepResult) -> str:
                 f"{best.dose.alpha:.6g}, with {result.behaviour} {best.behaviour.mean}, fluency "
                 f"{best.fluency.mean} and product {best.product}."
             )
-        few = sum(not point.covered(result.coverage) for point in result.curve(arm))
+        broke = [point.dose.alpha for point in result.curve(arm) if point.broken]
+        if broke:
+            told = ", ".join(f"{alpha:.6g}" for alpha in broke)
+            words.append(f"At alpha = {told} the model broke: no reply, no score.")
+        few = sum(
+            not point.broken and not point.covered(result.coverage) for point in result.curve(arm)
+        )
         if best is not None and few:
             words.append(
                 f"{few} of its {len(result.alphas)} alphas could not be chosen: {FEW} of their "
                 f"replies (less than {result.coverage:.0%})."
             )
-    words.append(
-        "That alpha was chosen on the prompts it is reported on, which flatters it: use "
-        "`saefty steer compare` for a method's score."
-    )
+    if any(best and best.dose != PLAIN for best in map(result.best, result.arms)):
+        words.append(
+            "That alpha was chosen on the prompts it is reported on, which flatters it: use "
+            "`saefty steer compare` for a method's score."
+        )
     return " ".join(words)
+
+
+def _fluency(result: SweepResult, base: DosePoint) -> str:
+    """Say how fluent unsteered replies are, which some judges measure all others by."""
+    if base.fluency.mean.method == BY_DEFINITION:
+        return f"1 by definition (`{result.judges['fluency']}` is relative to these replies)"
+    return str(base.fluency.mean)
 
 
 def _method(result: SweepResult) -> str:
@@ -302,6 +346,6 @@ def _missing(result: SweepResult) -> str:
     for kind in KINDS:
         reasons = result.missing[kind]
         why = ", ".join(f"{reason} {n}" for reason, n in reasons.items())
-        total = result.prompts * len(result.points)
+        total = result.prompts * sum(not point.broken for point in result.points)
         told.append(f"{sum(reasons.values())} of {total} of {kind}" + (f" ({why})" if why else ""))
     return f"Missing are {' and '.join(told)}."

@@ -1,5 +1,8 @@
 """What steered replies are worth: behaviour and fluency under each dose, with intervals.
 
+A judge of fluency that compares replies with the model's own scores these 1 by definition: that is
+no measurement, and has no interval.
+
 A reply that a judge could not score is missing: means are over those that it could, and how many
 they are is told beside them. Where fewer than a set share of a curve's replies have a score, the
 curve is not drawn: what is left may be a choice of the judge's, not the model's.
@@ -9,7 +12,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from saefty import fsio
-from saefty.errors import ExternalError, IntegrityError
+from saefty.errors import ConfigError, ExternalError, InputError, IntegrityError
 from saefty.judges.base import JUDGES, Judge, make_judge
 from saefty.judges.coverage import Coverage, coverage
 from saefty.log import progress
@@ -25,7 +28,8 @@ from saefty.metrics.intervals import Bootstrap, Interval
 from saefty.metrics.steering import product_interval
 from saefty.models.base import ModelAdapter
 from saefty.records import Example
-from saefty.steering import PLAIN, Dose, Replies
+from saefty.steering import PLAIN, Dose, Replies, Steered
+from saefty.steering_settings import JudgedSection
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,9 @@ Kind = Literal["behaviour", "fluency"]
 Scores = Mapping[Dose, Float[np.ndarray, "prompts"]]
 """A score from 0 to 1 for each prompt under each dose, NaN where there is none."""
 PAIRED = (-1.0, 1.0)
+BY_DEFINITION = "1 by definition"
+"""How the fluency of the model's own replies is found where it is what others are compared with."""
+NONE_BETTER = "no strength beats not steering"
 FAILED = "failed"
 """Why a judge that asks someone else has no score where it had no answer: it may come yet."""
 
@@ -60,6 +67,7 @@ class DosePoint:
         fluency: How fluent they are.
         change: Behaviour less that of the unsteered replies to the same prompts.
         product: Mean behaviour times mean fluency.
+        broken: Why there are no replies, where the dose broke the model.
     """
 
     dose: Dose
@@ -67,6 +75,7 @@ class DosePoint:
     fluency: Score
     change: Interval
     product: Interval
+    broken: str = ""
 
     def covered(self, least: float) -> bool:
         """Return whether a share of the replies has a score of behaviour, and of fluency too."""
@@ -101,6 +110,74 @@ def judge_of(
     if compares(name):
         return JUDGES[name](model, unsteered, **options)
     return make_judge(name, options, key)
+
+
+def check_judges(
+    section: JudgedSection,
+    name: str,
+    more: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
+) -> None:
+    """Make the judges before the work that would be lost on one that cannot be made.
+
+    Args:
+        section: Which judges.
+        name: Its name in the configuration, for messages.
+        more: Further judges of behaviour with their settings, by key.
+
+    Raises:
+        ConfigError: If a judge does not take its settings, or one of fluency is to tell behaviour.
+        UnknownNameError: If there is no such judge.
+    """
+    for key, (judge, options) in {
+        f"{name}.judge": (section.judge, section.judge_options),
+        **(more or {}),
+    }.items():
+        if compares(judge):
+            raise ConfigError(
+                f"{key}={judge}: this judge compares replies with the model's own, so it tells "
+                "fluency and not behaviour.",
+                then=f"Set {name}.fluency={judge}, and {key} to another judge.",
+            )
+        make_judge(judge, options, key)
+    if not compares(section.fluency):
+        make_judge(section.fluency, section.fluency_options, f"{name}.fluency")
+
+
+def scores_of(
+    section: JudgedSection,
+    name: str,
+    model: ModelAdapter,
+    prompts: Sequence[Example],
+    steered: Steered,
+    folder: Path,
+) -> dict[Kind, Scores]:
+    """Return the scores of behaviour and of fluency of all replies; see `judged`.
+
+    Args:
+        section: Who judges.
+        name: Its name in the configuration, for messages.
+        model: The model, without intervention.
+        prompts: What was replied to.
+        steered: The replies; a dose without any has no scores.
+        folder: Where scores are kept.
+
+    Raises:
+        ExternalError: If a judge that asks someone else had no answer for a reply.
+        InputError: If a judge could score none of the replies.
+        IntegrityError: If a file holds the scores of other prompts.
+    """
+    asked: dict[Kind, tuple[str, Mapping[str, Any], str]] = {
+        "behaviour": (section.judge, section.judge_options, f"{name}.judge"),
+        "fluency": (section.fluency, section.fluency_options, f"{name}.fluency"),
+    }
+    none = np.full(len(prompts), np.nan)
+    found: dict[Kind, Scores] = {}
+    for kind, (judge, options, key) in asked.items():
+        own = judge_of(judge, options, key, model, steered.replies[PLAIN])
+        scores = judged(own, kind, prompts, steered.replies, folder)
+        _require_some(kind, scores, folder, key)
+        found[kind] = {**scores, **dict.fromkeys(steered.broken, none)}
+    return found
 
 
 def compares(name: str) -> bool:
@@ -198,6 +275,23 @@ def reasons(kind: Kind, folder: Path) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def _require_some(kind: Kind, scores: Scores, folder: Path, key: str) -> None:
+    """Refuse a judge that could score no reply at all.
+
+    Raises:
+        InputError: If there is no score; it tells how many replies there were, and why.
+    """
+    if not all(np.isnan(one).all() for one in scores.values()):
+        return
+    why = ", ".join(f"{reason} {n}" for reason, n in reasons(kind, folder).items())
+    raise InputError(
+        f"none of the {sum(map(len, scores.values()))} replies has a score of {kind}: {why}.",
+        safe="The replies are kept, and the reason for each lies in scores/ beside them.",
+        then=f"Look at replies.jsonl in the run's folder; take another judge ({key}) or other "
+        "prompts, with run.dir on a new folder.",
+    )
+
+
 def points_of(
     behaviour: Scores,
     fluency: Scores,
@@ -205,6 +299,8 @@ def points_of(
     *,
     boots: int,
     seed: int,
+    relative: bool = False,
+    broken: Mapping[Dose, str] | None = None,
 ) -> list[DosePoint]:
     """Return what every dose did, with intervals from a bootstrap over prompts.
 
@@ -214,16 +310,19 @@ def points_of(
         clusters: A code a prompt, equal for prompts that belong together.
         boots: Draws of the bootstrap; the same prompts are drawn for all doses.
         seed: Fixes them.
+        relative: Fluency compares with the unsteered replies, whose own is 1 by definition.
+        broken: Why a dose has no replies.
     """
-    base = behaviour[PLAIN]
+    base, why = behaviour[PLAIN], broken or {}
     draws = Bootstrap(len(base), clusters, boots=boots, seed=seed)
     return [
         DosePoint(
             dose,
             _score(draws, behaviour[dose]),
-            _score(draws, fluency[dose]),
+            _score(draws, fluency[dose], relative and dose == PLAIN),
             draws.mean(behaviour[dose] - base, bounds=PAIRED),
             product_interval(draws, behaviour[dose], fluency[dose]),
+            why.get(dose, ""),
         )
         for dose in behaviour
     ]
@@ -231,13 +330,21 @@ def points_of(
 
 def share_scored(points: Sequence[DosePoint], kind: Kind) -> float:
     """Return the share of replies under several doses that have a score."""
-    told: list[Coverage] = [getattr(point, kind).told for point in points]
+    told: list[Coverage] = [getattr(point, kind).told for point in points if not point.broken]
     replies = sum(one.total for one in told)
     return sum(one.judged for one in told) / replies if replies else 0.0
 
 
-def _score(draws: Bootstrap, values: Float[np.ndarray, "prompts"]) -> Score:
-    return Score(draws.mean(values), coverage(values))
+def by_definition(values: Float[np.ndarray, "prompts"], found: Interval) -> Interval:
+    """Return the mean of scores that are all 1 because they are compared with themselves."""
+    if found.estimate != 1.0 or not (values[~np.isnan(values)] == 1.0).all():
+        return found
+    return replace(found, low=np.nan, high=np.nan, method=BY_DEFINITION)
+
+
+def _score(draws: Bootstrap, values: Float[np.ndarray, "prompts"], itself: bool = False) -> Score:
+    found = draws.mean(values)
+    return Score(by_definition(values, found) if itself else found, coverage(values))
 
 
 def _judge_one(

@@ -86,7 +86,39 @@ class VectorSection(Config):
         return self
 
 
-class SweepSection(VectorSection):
+class JudgedSection(Config):
+    """How steered replies are drawn and judged, by a sweep and by a comparison alike."""
+
+    judge: str
+    """The judge of behaviour; `saefty list judges` names them."""
+
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that judge, such as a pattern, words, or a criterion."""
+
+    fluency: str = "perplexity"
+    """The judge of fluency, or coherence. `perplexity` compares with the model's own replies, which
+    score 1 by definition."""
+
+    fluency_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the judge of fluency."""
+
+    behaviour_name: str | None = None
+    """What the behaviour is called in tables and pictures; None takes the judge's name."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token; above, each prompt draws from a stream of its own, the same one
+    under every vector, method and strength."""
+
+    boots: int = Field(default=1000, ge=100)
+    """Draws of each bootstrap."""
+
+    @property
+    def behaviour(self) -> str:
+        """What the behaviour is called."""
+        return self.behaviour_name or self.judge
+
+
+class SweepSection(JudgedSection, VectorSection):
     """What to sweep over, and how to judge the replies."""
 
     alphas: tuple[float, ...] | None = None
@@ -108,27 +140,8 @@ class SweepSection(VectorSection):
     methods: tuple[Literal[1, 2], ...] = Field(default=(1, 2), min_length=1)
     """1 adds the vector; 2 adds it and brings the activations back to their norm."""
 
-    judge: str
-    """The judge of behaviour; `saefty list judges` names them."""
-
-    judge_options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of that judge, such as a pattern, words, or a criterion."""
-
-    fluency: str = "perplexity"
-    """The judge of fluency."""
-
-    fluency_options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the judge of fluency."""
-
-    behaviour_name: str | None = None
-    """What the behaviour is called in tables and pictures; None takes the judge's name."""
-
     max_new_tokens: int = Field(default=64, gt=0)
     """Longest reply, in tokens."""
-
-    temperature: float = Field(default=0.0, ge=0)
-    """0 takes the likeliest token; above, each prompt draws from a stream of its own, the same one
-    for all methods and alphas."""
 
     seed: int = Field(default=0, ge=0)
     """Fixes the streams and the bootstrap."""
@@ -139,9 +152,6 @@ class SweepSection(VectorSection):
     coverage: float = Field(default=0.95, ge=0, le=1)
     """Share of a curve's replies that must have a score for its picture to be drawn, and of one
     alpha's replies for that alpha to be named the best."""
-
-    boots: int = Field(default=1000, ge=100)
-    """Draws of each bootstrap."""
 
 
 def alpha_grid(section: SweepSection) -> tuple[float, ...]:

@@ -4,11 +4,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from saefty.metrics.intervals import Interval
 from saefty.off_target import AttributeShift, HarmlessCost, LatentMap
 from saefty.report import Column, Table
+from saefty.sae_ts.fit import HeldOut
 from saefty.steering_comparison import Comparison
+from saefty.steering_scores import NONE_BETTER
 
 CLEAR = 0.05
+
+
+@dataclass(frozen=True)
+class WayFacts:
+    """What is known of a way before it is tried.
+
+    Attributes:
+        length: How long one alpha of its vector is, in mean residual norms on these prompts.
+        trust: How well the effect that the vector was fitted to was predicted, if it was.
+    """
+
+    length: float
+    trust: HeldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -26,18 +42,23 @@ class OffTargets:
     costs: Mapping[str, HarmlessCost] = field(default_factory=dict)
 
 
-def ways_table(result: Comparison, off: OffTargets) -> Table:
-    """Return each way at its chosen strength, with what else it does."""
+def ways_table(result: Comparison, off: OffTargets, facts: Mapping[str, WayFacts]) -> Table:
+    """Return each way at its chosen strength, with what else it does.
+
+    A way that no strength of which beats not steering has no figures: it is the model as it is.
+    """
     columns = [
         Column("way", "way"),
         Column("alpha", "alpha", ".4g"),
-        Column("score", "score", ".3f"),
-        Column("low", "low", ".3f"),
-        Column("high", "high", ".3f"),
-        Column("behaviour", "behaviour", ".3f"),
-        Column("coherence", "coherence", ".3f"),
+        Column("length", "length of one alpha, residual norms", ".3g"),
+        *_with_ends("score", "score"),
+        Column("score_where_chosen", "score where it was chosen"),
+        Column("behaviour", "behaviour"),
+        Column("coherence", "coherence"),
         Column("missing", "not scored", ""),
     ]
+    if any(one.trust for one in facts.values()):
+        columns += _with_ends("held_out", "held-out correlation of the fit", ".2f")
     if off.latents:
         columns += [
             Column("on_target", "share of change on target, as wanted", ".2f"),
@@ -52,17 +73,24 @@ def ways_table(result: Comparison, off: OffTargets) -> Table:
         ]
     rows = []
     for way in result.ways:
-        best = way.best
-        row: dict[str, Any] = {
-            "way": way.name,
-            "alpha": best.alpha,
-            "score": best.score.estimate,
-            "low": best.score.low,
-            "high": best.score.high,
-            "behaviour": best.behaviour.estimate,
-            "coherence": best.coherence.estimate,
-            "missing": best.missing,
-        }
+        best, notes = way.best, []
+        known = facts[way.name]
+        row: dict[str, Any] = {"way": way.name, "length": known.length}
+        if known.trust:
+            row |= {"held_out": known.trust.correlation, "held_out_low": known.trust.low,
+                    "held_out_high": known.trust.high}  # fmt: skip
+            notes += ["the fit predicts its target badly"] if known.trust.is_low else []
+        if not way.steers:
+            notes.append(NONE_BETTER)
+        else:
+            row |= {
+                "alpha": best.alpha,
+                **_ends("score", best.score),
+                "score_where_chosen": best.chosen_on,
+                "behaviour": best.behaviour.estimate,
+                "coherence": best.coherence.estimate,
+                "missing": best.missing,
+            }
         if way.name in off.latents:
             found = off.latents[way.name]
             any_target = any(one.target for one in found.shifts)
@@ -73,8 +101,21 @@ def ways_table(result: Comparison, off: OffTargets) -> Table:
             cost = off.costs[way.name]
             row |= {"kl": cost.kl.estimate, "perplexity": cost.perplexity,
                     "perplexity_plain": cost.plain}  # fmt: skip
-        rows.append(row)
-    return Table(tuple(columns), tuple(rows))
+        rows.append({**row, "note": "; ".join(notes)})
+    return Table((*columns, Column("note", "note")), tuple(rows))
+
+
+def _with_ends(key: str, heading: str, form: str = ".3f") -> tuple[Column, ...]:
+    """Return the columns of an estimate and its interval; `_ends` fills them."""
+    return (
+        Column(key, heading, form),
+        Column(f"{key}_low", "low", form),
+        Column(f"{key}_high", "high", form),
+    )
+
+
+def _ends(key: str, one: Interval) -> dict[str, float]:
+    return {key: one.estimate, f"{key}_low": one.low, f"{key}_high": one.high}
 
 
 def strengths_table(result: Comparison) -> Table:
@@ -85,7 +126,7 @@ def strengths_table(result: Comparison) -> Table:
             row: dict[str, Any] = {"way": way.name, "alpha": one.alpha}
             for name, value in (("score", one.score), ("behaviour", one.behaviour),
                                 ("coherence", one.coherence)):  # fmt: skip
-                row |= {name: value.estimate, f"{name}_low": value.low, f"{name}_high": value.high}
+                row |= _ends(name, value)
             row |= {"score_where_chosen": one.chosen_on, "missing": one.missing,
                     "chosen": one == way.best}  # fmt: skip
             rows.append(row)
@@ -97,9 +138,7 @@ def differences_table(result: Comparison) -> Table:
     columns = (
         Column("first", "way"),
         Column("second", "against"),
-        Column("difference", "difference in score", "+.3f"),
-        Column("low", "low", "+.3f"),
-        Column("high", "high", "+.3f"),
+        *_with_ends("difference", "difference in score", "+.3f"),
         Column("p", "p", ".3g"),
         Column("p_holm", "p (Holm)", ".3g"),
         Column("holds", "holds"),
@@ -108,9 +147,7 @@ def differences_table(result: Comparison) -> Table:
         {
             "first": one.first,
             "second": one.second,
-            "difference": one.difference.estimate,
-            "low": one.difference.low,
-            "high": one.difference.high,
+            **_ends("difference", one.difference),
             "p": one.p,
             "p_holm": one.p_holm,
             "holds": one.p_holm <= CLEAR,
@@ -126,9 +163,7 @@ def attributes_table(off: OffTargets) -> Table:
         Column("way", "way"),
         Column("attribute", "attribute"),
         Column("before", "without steering", ".3f"),
-        Column("change", "change", "+.3f"),
-        Column("low", "low", "+.3f"),
-        Column("high", "high", "+.3f"),
+        *_with_ends("change", "change", "+.3f"),
         Column("p_holm", "p (Holm)", ".3g"),
     )
     rows = [
@@ -136,9 +171,7 @@ def attributes_table(off: OffTargets) -> Table:
             "way": way,
             "attribute": one.name,
             "before": one.before,
-            "change": one.change.estimate,
-            "low": one.change.low,
-            "high": one.change.high,
+            **_ends("change", one.change),
             "p_holm": one.p_holm,
         }
         for way, shifts in off.attributes.items()

@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 Pooling = Literal["last", "response", "mean"]
 """Which tokens of a text count: its `last`; those of its `response`; their `mean` over all."""
+POOLING: Pooling = "mean"
+"""What is taken of texts of any kind; `last` is for answers that end in what differs (the A or B of
+multiple choice), and reads a full stop where texts end in one."""
+UNEQUAL = 4
+"""How many times as many texts one side of a contrast may have before it is told."""
 ENCODED_ROWS = 4096
 DENSE_ROWS = 256
 """Bounds the dense latents of a long text."""
@@ -124,7 +129,7 @@ def caa_vector(
     positive: Sequence[Example],
     negative: Sequence[Example],
     *,
-    pooling: Pooling = "last",
+    pooling: Pooling = POOLING,
 ) -> SteeringVector:
     """Return the mean activation of positive texts less that of negative ones.
 
@@ -156,7 +161,7 @@ def latent_difference(
     negative: Sequence[Example],
     *,
     top: int | None = None,
-    pooling: Pooling = "mean",
+    pooling: Pooling = POOLING,
 ) -> SteeringVector:
     """Return Σ_k (mean z_k of positive - mean z_k of negative) W_dec,k, the bias left out.
 
@@ -237,7 +242,14 @@ def contrast(
 
 
 def _sides_record(positive: Sequence[Example], negative: Sequence[Example]) -> dict[str, Any]:
-    """Return how many texts each side has, and a checksum of all they hold."""
+    """Return how many texts each side has, and a checksum of all they hold; tell unequal sides."""
+    counts = len(positive), len(negative)
+    if max(counts) >= UNEQUAL * min(counts):
+        log.warning(
+            "the sides of the contrast are very unequal, %d positive and %d negative texts: the "
+            "vector holds what is peculiar to the %d; give about as many of each",
+            *counts, min(counts),
+        )  # fmt: skip
     found: dict[str, Any] = {}
     for name, side in (("positive", positive), ("negative", negative)):
         lines = (fsio.dump_json_line(example_record(one)).encode("utf-8") for one in side)

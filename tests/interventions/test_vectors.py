@@ -54,6 +54,14 @@ def test_a_bare_file_needs_its_place(vector, tmp_path, suffix):
     assert found.site == Site(2)
 
 
+def test_a_bare_file_may_be_placed_by_a_block_s_number(vector, tmp_path):
+    path = vector.export(tmp_path / "bare.npy")
+    assert load_vector(path, 3).site == Site(3)
+    with pytest.raises(ConfigError) as error:
+        load_vector(path)
+    assert "sf.load_vector(path, sf.Site(20))" in error.value.then
+
+
 def test_a_bare_bfloat16_row_of_a_matrix_is_one_vector(tmp_path):
     row = torch.randn(1, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     save_torch({"direction": row}, tmp_path / "d.safetensors")

@@ -12,7 +12,9 @@ from saefty.plots.base import PLOTS
 from saefty.plots.gate_curve import GateCurve
 from saefty.plots.latent_ranking import LatentRanking
 from saefty.plots.loss_curve import TrainingCurve
+from saefty.plots.off_target import OffTarget
 from saefty.plots.steer_curve import SteerCurve
+from saefty.plots.steering_ways import SteeredWay, SteeredWays
 from saefty.plots.token_bars import TokenBars, TokenPanel
 
 
@@ -120,6 +122,56 @@ def test_the_steering_curve_s_heading_says_nothing_of_points_with_few_scores():
     assert "mean of up to 64 replies" in {line.get_label() for line in ax.lines}
     none = drawn("steer_curve", steered([3.0, 4.0, 9.0], thin=(-2.0, 0.0, 2.0))).axes[0]
     assert "too few replies scored at every α" in none.get_title()
+
+
+def test_the_steering_curve_s_heading_tells_the_other_score_at_the_same_alpha():
+    """Much of a behaviour may be had at the price of all fluency."""
+    data = steered([3.0, 4.0, 9.0], beside="fluency", others=(8.0, 10.0, 1.4))
+    title = " ".join(drawn("steer_curve", data).axes[0].get_title().split())
+    assert title == "Method 2: French 4.0 unsteered, 9.0 at α = 2, with fluency 1.4"
+    none = steered([3.0, 4.0, 9.0], beside="fluency", others=(8.0, 10.0, np.nan))
+    assert drawn("steer_curve", none).axes[0].get_title().endswith("9.0 at α = 2")
+
+
+def steered_way(name, scores, chosen, control=False):
+    whole = tuple(interval(1.0) for _ in scores)
+    own = tuple(interval(score) for score in scores)
+    return SteeredWay(name, (0.0, 0.5, 2.0), own, whole, own, chosen, control)
+
+
+def ringed(ax):
+    return [line for line in ax.lines if line.get_markersize() == 11]
+
+
+@pytest.mark.parametrize("name", ["steering_pareto", "steering_scores"])
+def test_the_pictures_of_a_comparison_ring_what_was_chosen_and_say_the_best(name):
+    caa = steered_way("caa", (0.1, 0.4, 0.8), 2)
+    ways = (caa, steered_way("idle", (0.1, 0.0, 0.0), None), steered_way("random_1", (0, 0, 0), 1,
+            control=True))  # fmt: skip
+    ax = drawn(name, SteeredWays(ways, "French", "in norms", 8)).axes[0]
+    title = " ".join(ax.get_title().split())
+    assert title == "Best: caa at α = 2, French × coherence = 0.80 × 1.00 = 0.80; unsteered 0.10"
+    rings = ringed(ax)
+    assert len(rings) == 1, "neither of the way at alpha 0 nor of the random direction"
+    assert not rings[0].get_clip_on(), "whole at the edge of the axes, too"
+    assert float(rings[0].get_ydata()[0]) == (1.0 if name == "steering_pareto" else 0.8)
+    none = drawn(name, SteeredWays(ways[1:], "French", "in norms", 8)).axes[0]
+    told = " ".join(none.get_title().split())
+    assert told == "No strength of any vector beats not steering"
+    assert not ringed(none)
+
+
+def test_the_off_target_picture_spans_what_moved_and_names_the_largest_clear_change():
+    changes = ((Interval(0.2, 0.1, 0.3, "b", 9), Interval(-0.3, -0.5, -0.1, "b", 9)),)
+    data = OffTarget(("caa", "sae_ts"), ("food",), changes, ((0.01, 0.04),))
+    ax = drawn("off_target", data).axes[0]
+    assert ax.get_xlim() == pytest.approx((-0.56, 0.56))
+    title = " ".join(ax.get_title().split())
+    assert title == (
+        "2 of 2 changes of other attributes are clear; the largest: sae_ts, food −0.30"
+    )
+    none = drawn("off_target", OffTarget(("caa", "sae_ts"), ("food",), changes, ((0.5, 0.4),)))
+    assert none.axes[0].get_title() == "None of 2 changes of other attributes are clear"
 
 
 def test_the_steering_curve_marks_anchors_the_unsteered_score_and_thin_points():

@@ -15,7 +15,7 @@ from saefty.interventions.vectors import load_vector
 from saefty.runs import check_files
 from saefty.sae_ts.effects import BASELINE, piece_path, read_effects, training_vectors
 from saefty.sae_ts.fit import RidgeMap
-from saefty.sae_ts.vectors import targeted_vector
+from saefty.sae_ts.vectors import targeted_vector, trust_of
 from saefty.stages.effects import EffectsConfig, run
 from saefty.steering_vectors import decoder_vector, random_vector
 
@@ -111,6 +111,12 @@ def test_the_vector_says_how_well_its_target_was_predicted(world, effects, tmp_p
     assert kept.provenance["latents"] == [[TARGET, 1.0]]
     assert kept.norm == pytest.approx(1.0, abs=1e-6)
     assert kept.norms["residual"] > 0
+    told = trust_of(kept)
+    assert (told.correlation, told.vectors) == (trust["correlation"], 40)
+    assert not told.is_low
+    spoilt = replace(kept, provenance={"held_out": {**trust, "correlation": None, "low": None}})
+    assert trust_of(spoilt).is_low, "NaN is kept as null"
+    assert trust_of(replace(kept, provenance={})) is None
 
 
 def test_a_target_that_does_not_move_gets_no_vector_or_a_warning(world, tmp_path, caplog):

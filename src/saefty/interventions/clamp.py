@@ -4,13 +4,12 @@ h' = h + Σ_T (v_k - z_k) W_dec,k: what a latent adds to the activations becomes
 the value v. The SAE's own error stays in place. Clamping to 0 is gating.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from saefty.interventions.base import INTERVENTIONS, Edit, Intervention, Where, acting_at
+from saefty.interventions.base import INTERVENTIONS, Intervention, Where, acting_at
 from saefty.interventions.latents import adding, chosen_latents
 from saefty.saes.base import SparseAutoencoder
 
@@ -37,10 +36,7 @@ def clamp(
         MismatchError: If it is a transcoder, or scales each row by itself.
         ValueError: If a latent is out of range or named twice, or there is not one value for each.
     """
-    index = chosen_latents(sae, latents, "clamping")
-    wanted = _one_each(values, len(latents))
-    edit = adding(sae, index, lambda z: wanted.to(z) - z)
-    return _acting(edit, latents, where, skip_special)
+    return _held(sae, latents, values, lambda z, value: value, where, skip_special)
 
 
 @INTERVENTIONS.register("cap_latents")
@@ -68,20 +64,25 @@ def cap_latents(
         ValueError: If a latent is out of range or named twice, or there is not one maximum for
             each.
     """
-    index = chosen_latents(sae, latents, "capping")
-    highest = _one_each(most, len(latents))
-    edit = adding(sae, index, lambda z: torch.minimum(z, highest.to(z)) - z)
-    return _acting(edit, latents, where, skip_special)
+    return _held(sae, latents, most, torch.minimum, where, skip_special)
 
 
-def _acting(edit: Edit, latents: Sequence[int], where: Where, skip_special: bool) -> Intervention:
-    if not latents:
-        return lambda x, positions: x
-    return acting_at(edit, where, skip_special=skip_special)
-
-
-def _one_each(values: float | Sequence[float], count: int) -> Float[Tensor, "chosen"]:
+def _held(
+    sae: SparseAutoencoder,
+    latents: Sequence[int],
+    values: float | Sequence[float],
+    wanted: Callable[[Tensor, Tensor], Tensor],
+    where: Where,
+    skip_special: bool,
+) -> Intervention:
+    """Return the intervention that gives latents what is wanted of their z and a value of each."""
+    index = chosen_latents(sae, latents, "clamping")
+    count = len(latents)
     listed = [float(values)] * count if isinstance(values, int | float) else list(values)
     if len(listed) != count:
         raise ValueError(f"{len(listed)} values were given for {count} latents")
-    return torch.tensor(listed, dtype=torch.float32)
+    if not latents:
+        return lambda x, positions: x
+    each = torch.tensor(listed, dtype=torch.float32)
+    edit = adding(sae, index, lambda z: wanted(z, each.to(z)) - z)
+    return acting_at(edit, where, skip_special=skip_special)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,7 +46,12 @@ UNIT_WORDS = {
 }
 TINY = 1e-30
 RANK = 1e-6
-Directions = SteeringVector | Sequence[SteeringVector] | Float[Tensor, "*n d_model"]
+Directions = (
+    SteeringVector
+    | Sequence[SteeringVector]
+    | Float[Tensor, "*n d_model"]
+    | Float[np.ndarray, "*n d_model"]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +112,8 @@ class Steering:
         h = x.float()
         moved = h + move[:, None]
         if self.method == 2:
-            norms = moved.norm(dim=-1, keepdim=True).clamp_min(TINY)
-            moved = moved * (h.norm(dim=-1, keepdim=True) / norms)
+            norms = torch.linalg.vector_norm(moved, dim=-1, keepdim=True).clamp_min_(TINY)
+            moved.mul_(torch.linalg.vector_norm(h, dim=-1, keepdim=True).div_(norms))
         return torch.where(acts[..., None], moved.to(x.dtype), x)
 
 
@@ -125,7 +131,7 @@ def steer(
 
     Args:
         vector: A vector; or several, one for each example of a batch (for `generate`, of the
-            examples it is given). A tensor is [d_model] or [vectors, d_model].
+            examples it is given). A tensor or an array is [d_model] or [vectors, d_model].
         alpha: How much of it; or several, one for each example. 0 changes no bit.
         method: 1: h + α e. 2: the same, brought back to the norm of h.
         unit: What α = 1 means; see `Unit`.
@@ -204,7 +210,7 @@ def project_out(
 
 @INTERVENTIONS.register("cap")
 def cap(
-    vector: SteeringVector | Float[Tensor, "d_model"],
+    vector: SteeringVector | Float[Tensor, "d_model"] | Float[np.ndarray, "d_model"],
     most: float,
     *,
     where: Where = "both",
@@ -241,14 +247,24 @@ def _fitting(q: Float[Tensor, "n width"], x: Tensor) -> Tensor:
 
 def _steps(vector: Directions, unit: Unit) -> Float[Tensor, "vectors d_model"]:
     """Return what α = 1 of each vector adds, [vectors, d_model]."""
+    if isinstance(vector, np.ndarray):
+        vector = torch.from_numpy(vector)
     if isinstance(vector, Tensor):
         if unit != "activation":
             raise ConfigError(
                 f"alpha cannot be counted {UNIT_WORDS.get(unit, repr(unit))} of a bare tensor.",
                 then="Make it a SteeringVector with norms, or count alpha in activation units.",
             )
+        if not vector.ndim or not vector.numel():
+            raise ValueError(f"a vector is [d_model] or [vectors, d_model], not {[*vector.shape]}")
         return vector.detach().float().reshape(-1, vector.shape[-1])
     several = [vector] if isinstance(vector, SteeringVector) else list(vector)
     if not several:
         raise ValueError("there is no vector")
+    wrong = next((one for one in several if not isinstance(one, SteeringVector)), None)
+    if wrong is not None:
+        raise ValueError(
+            "a vector is a SteeringVector, a tensor or an array, or several of the first; not a "
+            f"list that holds a {type(wrong).__name__}"
+        )
     return torch.stack([step_of(one, unit) for one in several])

@@ -27,6 +27,7 @@ from saefty.tensorfile import TensorFile, pack
 TENSOR, RECORD, ARRAY = "vector.safetensors", "vector.json", "vector"
 FORMAT = 1
 KEYS = ("format", "method", "site", "d_model", "norm", "norms", "provenance", "xxh3_128")
+HOW = "Name the place too: sf.load_vector(path, sf.Site(20))."
 EXPORTS = (".safetensors", ".npy")
 
 
@@ -169,13 +170,17 @@ def check_targets(path: Path | str, export: Path | str | None = None) -> None:
         _check_export(Path(export))
 
 
-def load_vector(path: Path | str, site: Site | None = None) -> SteeringVector:
+def load_vector(
+    path: Path | str, site: Site | int | None = None, *, how: str = HOW
+) -> SteeringVector:
     """Read a vector back.
 
     Args:
         path: What `save` was given; or a bare file (.safetensors with one tensor, .npy) of any
             tool, together with its site.
-        site: Where a bare file's vector belongs; for a saved one, it is in the record.
+        site: Where a bare file's vector belongs, a block's number standing for its output; for a
+            saved one, it is in the record.
+        how: What to do about a bare file without a site, for the message.
 
     Raises:
         ConfigError: If there is no vector at the path, or a bare file comes without a site.
@@ -184,6 +189,8 @@ def load_vector(path: Path | str, site: Site | None = None) -> SteeringVector:
         NumericError: If it holds NaN or infinity, or is all zero.
     """
     where = Path(path)
+    if isinstance(site, int):
+        site = Site(site)
     if where.is_dir() and not any((where / name).exists() for name in (TENSOR, RECORD)):
         raise ConfigError(
             f"{where} holds no vector: neither {TENSOR} nor {RECORD} is in it.",
@@ -196,10 +203,10 @@ def load_vector(path: Path | str, site: Site | None = None) -> SteeringVector:
             f"{where}.",
         )
     if where.suffix == ".npy":
-        return _bare(where, site)
+        return _bare(where, site, how)
     tensor, record = _files(where)
     if not record.exists() and tensor.exists() and where.suffix == ".safetensors":
-        return _bare(where, site)
+        return _bare(where, site, how)
     return _recorded(tensor, record)
 
 
@@ -242,14 +249,14 @@ def _recorded(tensor: Path, record: Path) -> SteeringVector:
     )
 
 
-def _bare(path: Path, site: Site | None) -> SteeringVector:
+def _bare(path: Path, site: Site | None, how: str) -> SteeringVector:
     """Return the vector in a file that nothing describes."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}.", then="Name the file of a vector.")
     if site is None:
         raise ConfigError(
             f"{path} is a bare vector: nothing says at which place of a model to add it.",
-            then="Name the place too, such as --layer 20.",
+            then=how,
         )
     values = _array(path)
     provenance = {"file": str(path), "xxh3_128": fsio.digest(path)}

@@ -15,7 +15,7 @@ from saefty.judges.base import JUDGES, check_pairs
 from saefty.models.base import ModelAdapter
 from saefty.models.batching import plan_batches
 from saefty.models.chat import with_response
-from saefty.records import ROLES, Example
+from saefty.records import ROLES, Example, as_examples
 
 
 def perplexity(
@@ -32,11 +32,8 @@ def perplexity(
         replies: One for each prompt.
     """
     check_pairs(prompts, replies)
-    asked = [
-        Example(id=str(number), prompt=prompt) if isinstance(prompt, str) else prompt
-        for number, prompt in enumerate(prompts)
-    ]
-    items = model.tokenize([with_response(*pair) for pair in zip(asked, replies, strict=True)])
+    asked = zip(as_examples(prompts), replies, strict=True)
+    items = model.tokenize([with_response(*pair) for pair in asked])
     found = np.full(len(items), np.nan)
     usable = [i for i, item in enumerate(items) if item.status == "ok"]
     for batch in plan_batches([len(items[i].ids) for i in usable]):

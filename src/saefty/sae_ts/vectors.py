@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -98,6 +98,19 @@ def targeted_vector(
     }
     norms = {"residual": residual} if (residual := effects.facts.get("residual")) else {}
     return SteeringVector(torch.from_numpy(values), effects.site, way, norms, provenance)
+
+
+def trust_of(vector: SteeringVector) -> HeldOut | None:
+    """Return how well the effect that a vector was fitted to was predicted; None where it was not.
+
+    It is read from the vector's provenance, so that it can be told long after the fit.
+    """
+    found = vector.provenance.get("held_out")
+    if not found:
+        return None
+    given: dict[str, Any] = {one.name: found.get(one.name) for one in fields(HeldOut)}
+    given |= {key: float("nan") for key, one in given.items() if one is None}
+    return HeldOut(**given)
 
 
 def check_same_sae(effects: Effects, sae: SparseAutoencoder) -> None:
