@@ -421,12 +421,23 @@ ROWS = {
             "test_the_same_lengths_give_the_same_plan",
         ),
     ),
+    "B25": Row(
+        "a contrast of zeros: switching attention or the image off changes nothing",
+        "an error before the work that names the layer and the likely cause",
+        (
+            "test_an_attention_that_adds_nothing_stops_the_run_and_names_the_layer",
+            "test_an_intervention_without_effect_stops_before_the_work_and_names_the_layer",
+            "test_rows_that_are_all_zero_in_a_layer_are_refused",
+            "test_what_no_kept_token_can_see_stops_the_run_and_says_which_tokens_can",
+        ),
+    ),
     "B26": Row(
         "a layer that lacks a shard",
         "exit 4 with the piece and the layer",
         (
             "test_a_shard_of_one_layer_dropped_from_the_manifest_is_refused",
             "test_a_piece_whose_layers_differ_is_refused",
+            "test_layers_of_as_many_but_other_rows_are_refused",
         ),
     ),
     "C1": Row(
@@ -473,6 +484,30 @@ ROWS = {
             "test_numbers_of_any_size_and_keys_that_repeat_are_passed_over",
             "test_what_is_held_does_not_depend_on_the_longest_line",
         ),
+    ),
+    "C7": Row(
+        "images missing, cut, empty, of the wrong kind, too large, CMYK, transparent, animated, turned",
+        "a skipped row with its reason, counted; above a share an error; or read as one looks at it",
+        (
+            "test_a_missing_file",
+            "test_zero_bytes",
+            "test_a_file_cut_anywhere_is_refused_or_whole",
+            "test_content_decides_not_the_name",
+            "test_a_bomb_is_refused_by_its_header",
+            "test_a_bomb_is_refused_before_its_memory_is_taken",
+            "test_cmyk_becomes_rgb",
+            "test_transparency_lies_on_white",
+            "test_of_an_animation_the_first_frame_is_read",
+            "test_exif_says_which_way_up_and_only_once",
+            "test_an_address_is_never_fetched",
+            "test_bad_images_are_counted_and_named_with_their_reason",
+            "test_more_than_the_cap_is_an_error_that_says_how_many_which_and_what_to_do",
+        ),
+    ),
+    "C8": Row(
+        "a text too long, whose cut would fall into the tokens of an image",
+        "never cut there: the example is left out as too long, with the reason",
+        ("test_truncation_never_cuts_an_image",),
     ),
     "C9": Row(
         "samples that cannot be read",
