@@ -486,8 +486,8 @@ ROWS = {
         ),
     ),
     "C7": Row(
-        "images missing, cut, empty, of the wrong kind, too large, CMYK, transparent, animated, turned",
-        "a skipped row with its reason, counted; above a share an error; or read as one looks at it",
+        "images missing, cut, empty, of another kind, too large, CMYK, transparent, animated",
+        "read as one sees it, or a skipped row with its reason; too many of them are an error",
         (
             "test_a_missing_file",
             "test_zero_bytes",

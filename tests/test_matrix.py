@@ -4,8 +4,8 @@ import matrix
 
 WANTED = [
     *(f"A{n}" for n in range(1, 19)),
-    *(f"B{n}" for n in (*range(1, 25), 26)),
-    *(f"C{n}" for n in (1, 2, 3, 4, 6, 9, 10)),
+    *(f"B{n}" for n in range(1, 27)),
+    *(f"C{n}" for n in (1, 2, 3, 4, 6, 7, 8, 9, 10)),
     *(f"D{n}" for n in range(1, 12)),
     *(f"F{n}" for n in range(1, 8)),
     "G1",
