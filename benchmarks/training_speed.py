@@ -31,11 +31,12 @@ TINY = (16, 128, 4, 64, 2)
 N_BATCHES, QUIET = 17, 0.85
 PYTHON = {
     "saefty": sys.executable,
-    "saefty, all float32": sys.executable,
+    "saefty, no compiler": sys.executable,
+    "saefty, no compiler, all float32": sys.executable,
     "eai-sparsify": ROOT / ".venv-sparsify/bin/python",
     "sae-lens": ROOT / ".venv-saelens/bin/python",
 }
-OWN = ("saefty", "saefty, all float32")
+OWN = tuple(name for name, python in PYTHON.items() if python == sys.executable)
 VERSION = "from importlib.metadata import version; print(version('{}'))"
 COLUMNS = {
     "name": "implementation",

@@ -47,8 +47,14 @@ class Saefty:
         return sae.decode(sae.encode_sparse(x))
 
 
-class SaeftyUnscreened(Saefty):
-    """The same with the encoder's whole product in float32, as on processors without bfloat16."""
+class SaeftyUncompiled(Saefty):
+    """The same without the kernels in C++, as on machines without a compiler."""
+
+    kernels = "screened"
+
+
+class SaeftyPlain(Saefty):
+    """Without them, and with the encoder's whole product in float32, as without bfloat16 units."""
 
     kernels = "torch_sparse"
 
@@ -108,7 +114,8 @@ class Sparsify:
 
 LIBRARIES = {
     "saefty": Saefty,
-    "saefty, all float32": SaeftyUnscreened,
+    "saefty, no compiler": SaeftyUncompiled,
+    "saefty, no compiler, all float32": SaeftyPlain,
     "eai-sparsify": Sparsify,
     "sae-lens": SaeLens,
 }

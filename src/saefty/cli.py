@@ -7,6 +7,7 @@ inside the commands, so that `--help` answers at once.
 import json
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -110,7 +111,13 @@ def evaluate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("artifacts/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; artifacts/demo, or artifacts/demo-vision, if left out."),
+    ] = None,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="Pictures with questions, and what attention adds.")
+    ] = False,
     short: Annotated[bool, typer.Option("--short", help="A smaller run, under a minute.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of prompts, training and splits.")] = 0,
     model: Annotated[
@@ -126,14 +133,18 @@ def demo(
 ) -> None:
     """Do the whole main job on a small world whose ground truth is known.
 
-    Example: saefty demo --out artifacts/demo
+    Example: saefty demo --vision --out artifacts/demo-vision
     """
 
     def job() -> None:
-        from saefty.sandbox import demo as sandbox
-
+        sandbox = import_module(f"saefty.sandbox.{'vision_demo' if vision else 'demo'}")
         outcome = sandbox.run(
-            out, short=short, seed=seed, model_folder=model, retrain=retrain, world_seed=world
+            out or Path("artifacts/demo-vision" if vision else "artifacts/demo"),
+            short=short,
+            seed=seed,
+            model_folder=model,
+            retrain=retrain,
+            world_seed=world,
         )
         print_outcome(outcome, as_json, sandbox.table(outcome))
 

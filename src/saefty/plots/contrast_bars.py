@@ -6,6 +6,7 @@ one for each way of putting the two halves together.
 
 from dataclasses import dataclass
 from typing import Literal
+from unicodedata import east_asian_width
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,7 +37,7 @@ CHANCE = 0.5
 LOWEST = 0.4
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind words on the chance line
 HEADING = 0.85  # of a row's height: the room a group's heading takes
-MOST_LETTERS, MOST_OF_A_CELL = 36, 10
+MOST_LETTERS, MOST_OF_A_CELL = 34, 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _draw_cell(ax: Axes, cell: Cell) -> None:
     ax.set_axis_off()
     ax.imshow(cell.image, interpolation="nearest")
     ax.set_title(
-        f"“{shortened(cell.words, MOST_OF_A_CELL)}”", fontsize=9, fontweight="normal", loc="center"
+        f"“{_fitting(cell.words, MOST_OF_A_CELL)}”", fontsize=8, fontweight="normal", loc="center"
     )
     said, colour = ("harmful", HARMFUL) if cell.harmful else ("harmless", HARMLESS)
     ax.text(
@@ -127,12 +128,18 @@ def _draw_bars(ax: Axes, data: ContrastBars) -> None:
     ax.set_xlim(max(0.0, min([LOWEST, *(low - 0.02 for low in lows)])), 1.09)
     ax.set_ylim(place - 0.4, -0.6)
     ax.set_xticks(np.arange(np.ceil(ax.get_xlim()[0] * 10), 11) / 10)
-    ax.set_yticks(places, [shortened(bar.name, MOST_LETTERS) for bar in data.bars])
+    ax.set_yticks(places, [_fitting(bar.name, MOST_LETTERS) for bar in data.bars])
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
     ax.set_ylabel("what a linear probe reads")
-    ax.set_xlabel(f"AUROC on {data.tested} held-out examples, 95 % interval")
+    ax.set_xlabel(f"AUROC on {data.tested} held-out examples, 95 % interval", loc="right")
     ax.set_title(data.title)
+
+
+def _fitting(name: str, most: int) -> str:
+    """Return a name cut to a width; letters of East Asian scripts are twice as wide as others."""
+    width = sum(2 if east_asian_width(letter) in "WF" else 1 for letter in name)
+    return shortened(name, most * len(name) // max(width, most))
 
 
 def _draw_bar(ax: Axes, place: float, bar: Bar) -> None:

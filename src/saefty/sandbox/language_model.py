@@ -242,12 +242,17 @@ def _rate(step: int, steps: int) -> float:
     """Return the learning rate: one rise and fall without noise, and a lower one with it."""
     quiet = round(NOISE_FROM * steps)
     if step < quiet:
-        return PEAK_RATE * _schedule(step, quiet)
-    return NOISE_RATE * _schedule(step - quiet, steps - quiet)
+        return PEAK_RATE * schedule(step, quiet)
+    return NOISE_RATE * schedule(step - quiet, steps - quiet)
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Return the share of the peak rate: a linear rise, then half a cosine to zero."""
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the peak rate: a linear rise, then half a cosine to zero.
+
+    Args:
+        step: Counted from 0.
+        steps: How many there are.
+    """
     warmup = min(WARMUP_STEPS, steps // 10 + 1)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,5 +1,7 @@
 """The sandbox's tokenizer: every word one token, `<bos>` once in front, and a chat template."""
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -28,8 +30,23 @@ CHAT_TEMPLATE = (
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a world: its vocabulary is every word the world can say."""
     words = sorted(set().union(*(world.grammar.vocabulary(language) for language in LANGUAGES)))
-    specials = [PAD, BOS, EOS, UNK, *ROLE_TOKENS.values()]
-    vocabulary = {text: n for n, text in enumerate([*specials, *world.grammar.shared, *words])}
+    return word_tokenizer(
+        [*world.grammar.shared, *words], list(ROLE_TOKENS.values()), CHAT_TEMPLATE
+    )
+
+
+def word_tokenizer(
+    words: Sequence[str], specials: Sequence[str], template: str
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows some words, each a token.
+
+    Args:
+        words: The words, in the order of their ids.
+        specials: Special tokens beside those of every tokenizer; their ids come before the words'.
+        template: The chat template.
+    """
+    listed = [PAD, BOS, EOS, UNK, *specials, *words]
+    vocabulary = {text: n for n, text in enumerate(listed)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,10 +63,10 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,
-        additional_special_tokens=list(ROLE_TOKENS.values()),
+        additional_special_tokens=list(specials),
         clean_up_tokenization_spaces=False,
         model_max_length=128,
         padding_side="right",
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     return tokenizer
