@@ -26,7 +26,7 @@ from saefty import cli, fsio
 from saefty.config import load_config
 from saefty.sandbox import demo, vision_demo
 from saefty.sandbox.language_model import MODEL_FOLDER
-from saefty.sandbox.vision_model import VISION_MODEL_FOLDER
+from saefty.sandbox.vision_model import VISION_MODEL_FOLDER, VISION_REFERENCE
 from saefty.sandbox.world import World
 from vision_data import write_memes
 
@@ -60,6 +60,7 @@ QUICK = {
               "sae.d_sae=128"],
     "eval": ["eval.permutations=100", "eval.boots=100", "intervention.max_new_tokens=2",
              "intervention.counts=1", "intervention.prompts=8"],
+    "probe": ["probe.permutations=100", "probe.boots=100"],
     "steer generate": ["--max-new-tokens", "4"],
     "steer effects": ["effects.vectors=40", "effects.rollouts=8", "effects.max_new_tokens=4"],
     "steer sweep": ["data.limit=4", "steer.alpha_count=2", "steer.boots=100", "steer.coverage=0",
@@ -70,7 +71,7 @@ QUICK = {
 }  # fmt: skip
 SMALL = demo.Size(documents=900, requests=128, train_steps=80, counts="[1]")
 """What `saefty demo` on a page does here."""
-SMALL_VISION = vision_demo.Size(pictures=64, questions=96, train_steps=40, replies=8)
+SMALL_VISION = vision_demo.Size(pictures=32, questions=64, train_steps=20, replies=4)
 IMAGES = {
     "AIML-TUDA/LlavaGuard-v1.2-7B-OV-hf": str(VISION_MODEL_FOLDER),
     "device_map: auto": "device_map: null",
@@ -285,6 +286,16 @@ def test_every_key_that_a_page_or_a_configuration_names_exists():
                 r"^(sae\.options|(?:intervention|steer)\.(?:judge|fluency)_options)\..*", r"\1", key
             )
             assert f"`{stem}`" in known, f"{file.name} names {key}"
+
+
+@pytest.mark.parametrize("name", ["vision.md", "vision.ko.md"])
+def test_the_guide_to_images_has_the_shipped_figures(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    found = re.findall(r"\| (\d\.\d\d), (\d\.\d\d), (\d\.\d\d) \|", text)
+    worlds = fsio.read_json(VISION_REFERENCE)["worlds"]
+    keys = ("words", "picture", "off", "on", "delta_zero_attention", "delta_knockout",
+            "latents_knockout_1", "latents_knockout_5")  # fmt: skip
+    assert found == [tuple(f"{world[key]:.2f}" for world in worlds) for key in keys]
 
 
 @pytest.mark.slow
