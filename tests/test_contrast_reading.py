@@ -1,5 +1,6 @@
 """A contrast in the loop that reads a model: float32 rows, checked once, refused where it is 0."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import tiny_models
+import tiny_vlms
 from piece_reading import Quiet, read_pieces, task_of
 from saefty import fsio, pieces
 from saefty.errors import InputError, MismatchError
@@ -14,7 +16,7 @@ from saefty.evaluation_inputs import read_again, recorded_reading
 from saefty.extraction import write_activations
 from saefty.pieces import PieceReader
 from saefty.reading import ReadingSection, SaveSection, prepare
-from saefty.records import Example, Site
+from saefty.records import ROLES, Example, Site
 from saefty.space import planned_rows
 
 SITES = [Site(0, "post_attn_resid"), Site(2, "post_attn_resid")]
@@ -122,6 +124,28 @@ def test_rows_that_are_all_zero_in_a_layer_are_refused(model, monkeypatch):
     with pytest.raises(MismatchError, match="no effect at layer 2 .*0 in all") as error:
         read(model)
     assert "extract.pooling" in error.value.then
+
+
+def test_text_before_an_image_which_has_no_contrast_is_counted_in_a_warning(caplog):
+    model = tiny_vlms.load("llava")
+    path = tiny_vlms.example_images()[0]
+    asked = [Example("a", "Look at this: <image> What is it?", image=path, raw=True)]
+    section = ReadingSection(contrast={"method": "knockout"})
+    reading = prepare(model, asked, section)
+    with caplog.at_level(logging.WARNING):
+        (piece,) = read_pieces(model, reading, SITES[:1], section)
+    (item,) = model.tokenize(asked)
+    behind = np.flatnonzero(item.roles == ROLES.index("image"))[-1]
+    before = piece.rows["token_pos"] < behind
+    empty = ~piece.activations[SITES[0]].any(dim=1).numpy()
+    np.testing.assert_array_equal(empty, before)
+    assert f"the contrast is 0 in {before.sum()} of the first {len(before)} rows" in caplog.text
+    assert "extract.pooling.name=text_only_mean" in caplog.text
+    caplog.clear()
+    section = ReadingSection(contrast={"method": "knockout"}, pooling={"name": "text_only_mean"})
+    with caplog.at_level(logging.WARNING):
+        list(read_pieces(model, prepare(model, asked, section), SITES[:1], section))
+    assert "the contrast is 0" not in caplog.text
 
 
 @pytest.mark.parametrize("method", ["knockout", "cross_attention", "cross_attn_off"])

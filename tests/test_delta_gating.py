@@ -1,5 +1,8 @@
 """SAEs of a contrast in the forward pass, against hooks on the transformers model set by hand."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ from saefty.gating import Silencer
 from saefty.models.attention_off import cross_layers
 from saefty.models.contrast import ContrastSection, capture_contrast
 from saefty.records import Example, Site
+from saefty.silencing import Silencing
 
 LATENTS = list(range(0, 64, 2))
 ZERO = {"method": "zero_attention", "scope": "per_layer"}
@@ -214,3 +218,17 @@ def test_the_fvu_of_training_is_read_beside_the_sae(tmp_path):
     assert training_fvu(sae) == 0.25
     (tmp_path / "metrics.json").write_text('{"fvu": null}')
     assert training_fvu(sae) is None
+
+
+def test_responses_are_not_among_what_an_sae_will_act_on():
+    """The model replies to prompts alone, whatever answers the dataset holds."""
+    model = tiny_vlms.load("llava")
+    prompts = with_images()
+    answered = [replace(one, response="It is a long answer of many words.") for one in prompts]
+    sae = sae_of("attn_out")
+    place = forward_place(sae.site, ZERO)
+    job, given = SimpleNamespace(model=model), Silencer(sae, place.site)
+    silencer, fit = Silencing._on_tokens(job, 1, given, place, answered)
+    alone, wanted = Silencing._on_tokens(job, 1, given, place, prompts)
+    assert fit == wanted
+    np.testing.assert_array_equal(silencer.spared, alone.spared)

@@ -287,6 +287,25 @@ def test_a_store_of_other_examples_beside_features_is_refused(world, tmp_path):
         run(load_config(EvalConfig, None, (*words, *FAST)))
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"contrast": None}, r"of contrasts .*knockout.* eval.store .* plain"),
+     ({"sites": {"0": "blocks.0.hook_resid_post", "2": "blocks.2.hook_resid_post"}},
+      r"latents of blocks.0.hook_post_attn_resid.* eval.store .* holds blocks.0.hook_resid_post")],
+)  # fmt: skip
+def test_a_store_of_other_rows_of_the_same_examples_is_refused(world, tmp_path, changed, said):
+    folder, _, saes, _ = world
+    features = features_of(folder, saes, f"of other rows, {len(said)}")
+    written(tmp_path)
+    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text()) | changed
+    names = ("layers", "sites", "d_in", "dtype", "contrast")
+    kept = {name: manifest[name] for name in names if manifest[name] is not None}
+    StoreWriter(tmp_path / "x", KIND, "planted δ").finish(manifest["pieces"], kept, [EXAMPLES])
+    words = (f"eval.features={features}", f"eval.store={tmp_path / 'x'}", f"run.dir={tmp_path}/r")
+    with pytest.raises(MismatchError, match=said):
+        run(load_config(EvalConfig, None, (*words, *FAST)))
+
+
 def written_with_other_texts(folder):
     written(folder)
     path = folder / "x" / EXAMPLES

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 import tiny_models
 import tiny_vlms
 from saefty.errors import InputError, MismatchError
-from saefty.image_checks import check_bad_images
+from saefty.image_checks import check_bad_images, check_same_images
 from saefty.reading import ReadingSection, prepare
 from saefty.reading_settings import PoolingSection
 from saefty.records import Example
@@ -74,6 +75,49 @@ def test_more_than_the_cap_is_an_error_that_says_how_many_which_and_what_to_do(m
         prepare(model, examples, section(max_bad_images=0.24))
 
 
+def test_markers_that_do_not_fit_are_no_fault_of_the_files_and_it_is_said(model, examples):
+    good = examples[4:]
+    twice = [replace(one, prompt="<image> or <image>?") for one in good]
+    with pytest.raises(InputError) as error:
+        prepare(model, twice, section())
+    assert error.value.message.startswith("12 of 12 images do not fit their texts (100.00%), more")
+    assert "its text has 2 image markers (<image>) for one image" in error.value.message
+    assert error.value.then.startswith("The files may be fine. Write the image's marker once")
+    assert "Put the files right" not in error.value.then
+    with pytest.raises(
+        InputError, match=r"3 of 13 images cannot be read, or \(2\) do not"
+    ) as error:
+        prepare(model, [*twice[:2], examples[0], *good[:10]], section())
+    assert "Put the files right" in error.value.then
+    assert "Write the image's marker once" in error.value.then
+    assert error.value.then.endswith("or set extract.max_bad_images=0.2308 to leave these "
+                                     "examples out.")  # fmt: skip
+
+
+def test_a_marker_without_an_image_is_named_where_nothing_can_be_read(model):
+    with pytest.raises(InputError, match="none of the 2 examples can be read") as error:
+        prepare(model, [Example(str(i), "see <image>") for i in range(2)], section())
+    then = error.value.then
+    assert "its text has 1 image markers (<image>), the example no image" in then
+    assert "out of texts without an image" in then
+    assert "what is wrong with the images" not in then
+
+
+def test_an_image_behind_the_text_leaves_nothing_to_average_and_it_is_said(model, examples):
+    last = [replace(one, prompt="How is bread baked? <image>", raw=True) for one in examples[4:]]
+    with pytest.raises(InputError, match="no_tokens 12") as error:
+        prepare(model, last, section())
+    then = error.value.then
+    assert then.startswith("The image is last in these texts, and extract.pooling.name=text_only_m")
+    assert "Check extract.pooling" not in then
+    assert prepare(model, last, ReadingSection(pooling=PoolingSection(name="eos"))).ledger.ok == 12
+    first = replace(last[0], prompt="<image> How is bread baked?")
+    records = list(prepare(model, [first, *last], section()).records())
+    assert [one["status"] for one in records] == ["ok"] + ["no_tokens"] * 12
+    assert "reason" not in records[0]
+    assert records[1]["reason"] == "its image is last: no text stands behind it"
+
+
 @pytest.mark.parametrize("images", [7, 100, 999, 30_001])
 def test_the_share_that_is_advised_is_enough(images):
     for bad in (1, images // 3, images - 1, images):
@@ -128,6 +172,18 @@ def test_the_checksum_follows_the_images_content_and_not_its_place(examples, tmp
     assert changed["images_xxh3_128"] != first["images_xxh3_128"]
     assert data_inputs([replace(good[0], image=None), *good[1:]])["xxh3_128"] != first["xxh3_128"]
     assert data_inputs(good[::-1])["images_xxh3_128"] != first["images_xxh3_128"]
+
+
+def test_examples_whose_images_changed_since_they_were_read_are_refused(model, examples):
+    records = list(prepare(model, examples, section(max_bad_images=0.25)).records())
+    check_same_images(records)
+    Path(examples[0].image).write_bytes(b"bad before, and bad now")  # was left out
+    check_same_images(records)
+    Path(examples[4].image).unlink()
+    Image.new("RGB", (30, 20), "red").save(examples[5].image)
+    with pytest.raises(MismatchError, match="2 examples have other images .* or none: 0: .*; 1: "):
+        check_same_images(records)
+    check_same_images([{key: one[key] for key in one if key != "image_hash"} for one in records])
 
 
 def test_a_run_leaves_bad_images_out_and_one_whose_image_changed_is_refused(

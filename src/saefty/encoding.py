@@ -67,7 +67,7 @@ def check_saes(saes: Saes, d_in: int, where: str, contrast: Contrast = None) -> 
                 "the model of this SAE.",
             )
         trained = sae.contrast if isinstance(sae, SaeRecord) else sae.metadata.get("contrast")
-        if not _same_contrast(trained, contrast):
+        if not same_contrast(trained, contrast):
             raise MismatchError(
                 f"the SAE of layer {layer} was trained on {in_words(trained)}, but what is read of "
                 f"{where} is {in_words(contrast)}.",
@@ -98,7 +98,8 @@ def in_words(contrast: Contrast) -> str:
     return f"contrasts h_on - h_off ({contrast['method']}, {contrast['scope']})"
 
 
-def _same_contrast(one: Contrast, other: Contrast) -> bool:
+def same_contrast(one: Contrast, other: Contrast) -> bool:
+    """Return whether two stores or SAEs are of the same; what is unknown agrees with all."""
     if one is None or other is None:
         return one is other
     return all(one[key] == other[key] or UNKNOWN in (one[key], other[key]) for key in one)

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from saefty.baselines import Labelled, names_to_codes
 from saefty.config import Config, build_config
-from saefty.encoding import check_against_store, stored_pieces, write_features
-from saefty.errors import ConfigError, InputError
+from saefty.encoding import (
+    check_against_store,
+    in_words,
+    same_contrast,
+    stored_pieces,
+    write_features,
+)
+from saefty.errors import ConfigError, InputError, MismatchError
 from saefty.extraction import write_activations
+from saefty.image_checks import check_same_images
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.models.contrast import ContrastSection
 from saefty.reading import ReadingSection, prepare
@@ -53,6 +61,26 @@ def encoded(
     )
 
 
+def check_same_contrast(features: FeatureStore, activations: ActivationStore, key: str) -> None:
+    """Refuse latents of contrasts beside plain activations, or of another contrast, or the reverse.
+
+    Args:
+        features: The latents.
+        activations: Activations of the same examples.
+        key: The setting that names these.
+
+    Raises:
+        MismatchError: If they are of different rows.
+    """
+    ours, theirs = features.manifest.get("contrast"), activations.contrast
+    if not same_contrast(ours, theirs):
+        raise MismatchError(
+            f"the latents in {features.folder} are of {in_words(ours)}, and {key} "
+            f"({activations.folder}) holds {in_words(theirs)}.",
+            then=f"Set {key} to the activations that the latents were made of, or leave it out.",
+        )
+
+
 def read_again(
     records: Sequence[Mapping[str, Any]],
     model: ModelAdapter,
@@ -70,7 +98,11 @@ def read_again(
         sites: Where to read, one site a layer.
         folder: The store's folder.
         fingerprint: A checksum of everything the activations depend on.
+
+    Raises:
+        MismatchError: If an example's image is no longer what it was.
     """
+    check_same_images(records)
     if set(sites) == {EMBEDDING}:  # before the first block there is nothing to switch off
         section = section.model_copy(update={"contrast": ContrastSection()})
     examples = [example_from(record) for record in records]
@@ -137,6 +169,14 @@ def labelled_examples(
         sources=sources if several else None,
         n_table=len(records),
     )
+
+
+def images_of(
+    records: Sequence[Mapping[str, Any]], rows: Int[np.ndarray, "examples"]
+) -> list[str | None]:
+    """Return a name for the content of each example's image: its checksum, or else its path."""
+    chosen = (records[i] for i in rows.tolist())
+    return [record.get("image_hash") or record.get("image") for record in chosen]
 
 
 def recorded_reading(folder: Path) -> ReadingSection:

@@ -16,7 +16,13 @@ from saefty.baselines import (
 from saefty.delta_gating import training_fvu
 from saefty.errors import ConfigError, MismatchError, SaeftyError
 from saefty.evaluation import LatentEvaluation, evaluate_latents
-from saefty.evaluation_inputs import encoded, labelled_examples, read_again
+from saefty.evaluation_inputs import (
+    check_same_contrast,
+    encoded,
+    images_of,
+    labelled_examples,
+    read_again,
+)
 from saefty.evaluation_settings import EvalSection, InterventionSection
 from saefty.fidelity import measure_fidelity
 from saefty.metrics.firing import FiringStats, firing_stats
@@ -126,6 +132,7 @@ class HarmEvaluation:
             self.features = source
             if activations is not None:
                 check_same_examples(source, activations)
+                check_same_contrast(source, activations, "eval.store")
         self.records = self.features.examples()
         self.data = labelled_examples(
             self.records, ledger, drop_missing=settings.drop_missing_labels, section="eval"
@@ -218,6 +225,7 @@ class HarmEvaluation:
             data.clusters,
             data.sources,
             (evaluation.selection, evaluation.report),
+            images=images_of(self.records, data.rows),
             words_auroc=probes[0].auroc,
             seed=cfg.seed,
         )
@@ -285,10 +293,10 @@ class HarmEvaluation:
 
 
 def check_same_examples(features: FeatureStore, activations: ActivationStore) -> None:
-    """Refuse features and activations of different examples.
+    """Refuse features and activations of different examples, or of different places.
 
     Raises:
-        MismatchError: If their example tables differ.
+        MismatchError: If their example tables differ, or where a layer was read.
     """
     ours, theirs = (
         [(str(one["example_id"]), one.get("text")) for one in store.examples()]
@@ -307,3 +315,10 @@ def check_same_examples(features: FeatureStore, activations: ActivationStore) ->
             then="Set eval.store to the activations of these examples, or leave it out: then the "
             "model reads them again.",
         )
+    for layer in features.layers:
+        if layer in activations.layers and features.site(layer) != activations.site(layer):
+            raise MismatchError(
+                f"eval.features ({features.folder}) are latents of {features.site(layer)}, and "
+                f"eval.store ({activations.folder}) holds {activations.site(layer)}.",
+                then="Set eval.store to activations of that place, or leave it out.",
+            )

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SHOWN_IDS = 5
 CHECKED_EXAMPLES = 2  # of the first batch, in the check of a contrast
+ZERO_ROWS = 0.01  # share of rows without a contrast that are passed over in silence
 Batch = tuple[int, ...]
 """Indices of the examples that share a forward pass."""
 
@@ -249,7 +250,7 @@ class PieceReader:
         return capture_contrast(self._model, batch, self._sites, rows, self._contrast)
 
     def _refuse_zeros(self, piece: Piece) -> None:
-        """Refuse a contrast of which nothing is left in the tokens that are kept.
+        """Refuse a contrast of which nothing is left in the tokens that are kept; warn of a share.
 
         The check of the first batch looks at all tokens; those before an image cannot see it, nor
         those that are farther behind it than a layer's window reaches.
@@ -257,18 +258,27 @@ class PieceReader:
         Raises:
             MismatchError: If all rows of the first piece are 0 in a layer.
         """
-        silent = [site for site, x in piece.activations.items() if len(x) and not x.any()]
-        if silent and self._contrast is not None:
-            name = self._section.SECTION
+        rows, name = len(piece.rows["example"]), self._section.SECTION
+        if self._contrast is None or not rows:
+            return
+        empty = {site: int((~x.any(dim=1)).sum()) for site, x in piece.activations.items()}
+        site, most = max(empty.items(), key=lambda item: item[1])
+        said = f"at layer {site.layer} ({site}, {self._contrast.method})"
+        if most == rows:
             raise MismatchError(
-                f"the intervention had no effect at layer {silent[0].layer} ({silent[0]}, "
-                f"{self._contrast.method}): the contrast is 0 in all {len(piece.rows['example'])} "
-                "rows of the first piece.",
+                f"the intervention had no effect {said}: the contrast is 0 in all {rows} rows of "
+                "the first piece.",
                 safe="Nothing was kept of them.",
                 then=f"Check which tokens are kept ({name}.pooling, {name}.tokens): what lies "
                 "before an image, or farther behind it than the layer's attention window, does not "
                 "see it there. text_only_mean averages all the text behind it.",
             )
+        if most > ZERO_ROWS * rows:
+            log.warning(
+                "the contrast is 0 in %d of the first %d rows %s, which an SAE would learn with "
+                "the rest: text before an image does not see it. %s.pooling.name=text_only_mean "
+                "averages the text behind it", most, rows, said, name,
+            )  # fmt: skip
 
     def _computed(self, item: TokenizedExample) -> TokenizedExample:
         return computed_part(item, self._section, self._model)

@@ -8,7 +8,7 @@ A row's bytes therefore depend on the plan and never on where an earlier run sto
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from jaxtyping import Bool, Int
 
 from saefty import fsio
 from saefty.errors import InputError
-from saefty.image_checks import check_bad_images, check_reads_images
+from saefty.image_checks import MEND_TEXT, check_bad_images, check_reads_images
 from saefty.images import digest_or_none
-from saefty.models.base import ModelAdapter, TokenizedExample
+from saefty.models.base import OF_TEXT, ModelAdapter, TokenizedExample
 from saefty.models.batching import plan_batches
 from saefty.reading_settings import PoolingSection, ReadingSection, SaveSection
 from saefty.records import ROLES, Example, example_record
@@ -49,6 +49,7 @@ TOKENISED_AT_ONCE = 256  # examples; the tokenizer answers in lists, ten times t
 PLAN, SHOWN_IDS = "plan.json", 5
 OF_IMAGES = ("knockout", "cross_attention")
 """Contrasts of what an image does."""
+IMAGE_LAST = "its image is last: no text stands behind it"
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Reading:
     """Where the response's first token also holds the prompt's last characters."""
     truncated: Bool[np.ndarray, "examples"]
     statuses: list[str]
-    """`ok`, or why the example is left out: `too_long`, `empty`, `no_tokens`, `no_span`,
-    `no_image`, `failed`."""
+    """`ok`, or why the example is left out: `too_long`, `empty`, `bad_image`, `no_image`,
+    `no_tokens`, `no_span`, `failed`."""
     reasons: dict[int, str]
     """Why an example is left out, where its status does not say enough, by its index."""
     plan: Plan
@@ -178,6 +179,8 @@ def prepare(
             statuses.append(_status(item, bool(kept[i]), section))
             if item.reason is not None:
                 reasons[i] = item.reason
+            elif statuses[i] == "no_tokens" and _image_is_last(item, section):
+                reasons[i] = IMAGE_LAST
             if item.status == "bad_image" and item.example.image is not None:
                 bad_images[item.example.id] = item.reason or "no reason given"
     check_bad_images(bad_images, images, section)
@@ -186,7 +189,9 @@ def prepare(
     if not ledger.ok:
         raise InputError(
             f"none of the {len(chosen)} examples can be read by {model.name}: {ledger}.",
-            then=_how_to_read_more(ledger, int(lengths.max()), model.max_length, section),
+            then=_how_to_read_more(
+                ledger, set(reasons.values()), int(lengths.max()), model.max_length, section
+            ),
         )
     if ledger.skipped and tell:
         log.warning("%d of %d examples are left out: %s", counts.total(), len(chosen), ledger)
@@ -297,8 +302,15 @@ def _status(item: TokenizedExample, any_kept: bool, section: ReadingSection) -> 
     return "no_span" if without else "no_tokens"
 
 
+def _image_is_last(item: TokenizedExample, section: ReadingSection) -> bool:
+    """Return whether a mean over the text behind an image has none, though there is text."""
+    of_image = item.roles == ROLES.index("image")
+    averaged = section.pooling.name == "text_only_mean"
+    return averaged and bool(of_image.any() and (~item.special & ~of_image).any())
+
+
 def _how_to_read_more(
-    ledger: Ledger, longest: int, max_length: int, section: ReadingSection
+    ledger: Ledger, reasons: Set[str], longest: int, max_length: int, section: ReadingSection
 ) -> str:
     steps = []
     if ledger.skipped["too_long"]:
@@ -306,7 +318,10 @@ def _how_to_read_more(
             f"The model reads up to {max_length} tokens, and the longest text has {longest}: set "
             f"{section.SECTION}.truncate=right to drop the ends of long texts."
         )
-    if ledger.skipped["bad_image"]:
+    of_text = sorted(reason for reason in reasons if reason.startswith(OF_TEXT))
+    if of_text:
+        steps.append(f"Of an example with a bad image, {of_text[0]}. {MEND_TEXT}")
+    elif ledger.skipped["bad_image"]:
         steps.append("saefty data show says what is wrong with the images.")
     if ledger.skipped["empty"]:
         steps.append(
@@ -325,7 +340,14 @@ def _how_to_read_more(
         )
     if ledger.skipped["no_tokens"]:
         span = f" (span {section.pooling.span})" if section.pooling.span else ""
-        if section.tokens == "text":
+        if IMAGE_LAST in reasons:
+            steps.append(
+                f"The image is last in these texts, and {section.SECTION}.pooling.name="
+                "text_only_mean averages the text behind it, of which there is none: write the "
+                "image's marker before the text or leave it out of the prompt, or set "
+                f"{section.SECTION}.pooling.name=eos to read the last token."
+            )
+        elif section.tokens == "text":
             steps.append(
                 f"Check {section.SECTION}.pooling: it keeps no token of these texts{span}."
             )

@@ -32,9 +32,11 @@ from saefty.gating import (
     measure_gating,
     reply_under,
 )
+from saefty.image_checks import check_same_images
 from saefty.judges.base import JUDGES, Judge, make_judge
 from saefty.latent_gating import GatedRows, LatentGating, gate_stored
 from saefty.models.base import ModelAdapter
+from saefty.models.chat import with_response
 from saefty.records import Example, example_from
 from saefty.saes.base import SparseAutoencoder
 from saefty.stores.activations import ActivationStore
@@ -205,7 +207,9 @@ class Silencing:
         assert self.model is not None  # loaded wherever a layer can be silenced in it
         self._check_width(key, sae, self.model)
         chosen = _balanced(data.harmful, evaluation.report, cfg.prompts, self.settings.seed)
-        prompts = [example_from(self.records[data.rows[i]]) for i in chosen]
+        asked = [self.records[data.rows[i]] for i in chosen]
+        check_same_images(asked)
+        prompts = [example_from(record) for record in asked]
         silencer, fit = Silencer(sae, place.site, cfg.strength, place.less), None
         if contrast is not None:
             silencer, fit = self._on_tokens(key, silencer, place, prompts)
@@ -244,7 +248,7 @@ class Silencing:
             MismatchError: If the model has no such place.
         """
         assert self.model is not None  # asked before
-        items = self.model.tokenize(prompts)
+        items = self.model.tokenize([with_response(prompt, None) for prompt in prompts])
         fit = measure_token_fit(self.model, silencer.sae, place, items)
         if fit.far:
             log.warning("layer %s: %s", key, far_from_training(fit))

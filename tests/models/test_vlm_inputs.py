@@ -77,6 +77,15 @@ def test_bad_images_and_markers_that_do_not_fit_are_told_example_by_example(pict
     assert "an image that can be read" in str(error.value)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_an_image_that_the_processor_refuses_is_a_bad_image_with_its_reason(family, tmp_path):
+    strip = tmp_path / "strip.png"
+    PIL.Image.new("RGB", (300, 1)).save(strip)
+    [item] = tiny_vlms.load(family).tokenize([Example("strip", "What?", image=str(strip))])
+    assert item.status == "bad_image"
+    assert "strip.png: the model's processor refuses it (absolute aspect ratio" in item.reason
+
+
 def test_an_image_that_vanishes_after_tokenising_is_named(pictures, tmp_path):
     model, picture = tiny_vlms.load("llava"), tmp_path / "picture.png"
     shutil.copy(pictures[0], picture)

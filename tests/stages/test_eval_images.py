@@ -92,3 +92,20 @@ def test_a_judge_whose_file_has_changed_is_another_run(world, tmp_path):
     words.write_text("no\nnever\n")
     with pytest.raises(MismatchError, match="judges"):
         evaluate(folder, tmp_path / "r", model, *judge)
+
+
+def test_pictures_that_changed_since_the_extraction_are_not_replied_to(world, tmp_path):
+    folder, model = world
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    kept = {path: path.read_bytes() for path in pictures}
+    try:
+        for path, other in zip(pictures, reversed(pictures), strict=True):
+            path.write_bytes(kept[other])
+        with pytest.raises(MismatchError, match="examples have other images than when they were"):
+            evaluate(folder, tmp_path / "r", model)
+        with pytest.raises(MismatchError, match="examples have other images than when they were"):
+            evaluate(folder, tmp_path / "s", model, "eval.baselines=true",
+                     "intervention.enabled=false")  # fmt: skip
+    finally:
+        for path, held in kept.items():
+            path.write_bytes(held)

@@ -22,7 +22,13 @@ from saefty.detection.inputs import (
 from saefty.detection.result import Detection
 from saefty.detection.saving import MeasuredDetector, check_name
 from saefty.errors import ConfigError
-from saefty.evaluation_inputs import encoded, labelled_examples, read_again
+from saefty.evaluation_inputs import (
+    check_same_contrast,
+    encoded,
+    images_of,
+    labelled_examples,
+    read_again,
+)
 from saefty.evaluation_settings import ProbeSection
 from saefty.guards.spec import plain_text
 from saefty.log import progress
@@ -76,6 +82,7 @@ class DetectionJob:
             features = encoded(activations, saes, folder / "features", fingerprint)
         elif activations is not None:
             check_same_examples(features, activations)
+            check_same_contrast(features, activations, "probe.store")
         self.features = features
         self.records = features.examples()
         self.data = labelled_examples(
@@ -232,6 +239,7 @@ class DetectionJob:
             data.clusters,
             data.sources,
             (task.train, task.test),
+            images=images_of(self.records, data.rows),
             words_auroc=None if words is None else words.auroc,
             source_names=names,
             seed=task.seed,

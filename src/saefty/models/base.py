@@ -28,6 +28,9 @@ from saefty.registry import Registry
 Status = Literal["ok", "too_long", "empty", "bad_image"]
 
 
+OF_TEXT = "its text "
+
+
 @dataclass(frozen=True)
 class TokenizedExample:
     """One example as the model reads it, with everything needed to say what each token is."""
@@ -53,10 +56,11 @@ class TokenizedExample:
     truncated: bool
     status: Status
     """`ok`; `too_long` for the model's context; `empty` if no token, or no token of a response that
-    was given, is left to look at; `bad_image` if its image cannot be read. Only `ok` examples can
-    be collated."""
+    was given, is left to look at; `bad_image` if its image cannot be read, or does not fit its
+    text. Only `ok` examples can be collated."""
     reason: str | None = None
-    """Why the status is not `ok`, where it does not say enough."""
+    """Why the status is not `ok`, where it does not say enough; of a `bad_image` it begins with
+    `OF_TEXT` where the image may be fine."""
 
     @property
     def spans(self) -> list[Span]:

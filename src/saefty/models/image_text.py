@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 
 from saefty.errors import InputError
 from saefty.images import BadImageError, load_image
-from saefty.models.base import TokenizedExample
+from saefty.models.base import OF_TEXT, TokenizedExample
 from saefty.models.chat import ChatRenderer, Rendered
 from saefty.models.processors import ImageReader
 from saefty.models.text import TextEncoder
@@ -159,16 +159,19 @@ class ImageTextEncoder(TextEncoder):
         written = self.render(example)
         count, marker = written.text.count(self.images.marker), self.images.marker
         if example.image is None:
-            problem = f"the text has {count} image markers ({marker}), the example no image"
+            problem = f"{OF_TEXT}has {count} image markers ({marker}), the example no image"
             return _Draft(written, written, problem=problem if count else None)
         if count != 1:
-            problem = f"the text has {count} image markers ({marker}) for one image"
+            problem = f"{OF_TEXT}has {count} image markers ({marker}) for one image"
             return _Draft(written, written, problem=problem)
         try:
-            size = load_image(example.image).size
+            added = self.images.tokens_of(*load_image(example.image).size)
         except BadImageError as error:
             return _Draft(written, written, problem=error.message)
-        start, added = written.text.index(marker), self.images.tokens_of(*size)
+        except ValueError as error:  # Qwen-VL's of a picture 200 times as long as it is wide, say
+            problem = f"{example.image}: the model's processor refuses it ({error})"
+            return _Draft(written, written, problem=problem)
+        start = written.text.index(marker)
         end, shift = start + len(marker), len(added) - len(marker)
         parts = tuple(
             (a + shift * (a >= end), b + shift * (b >= end), role) for a, b, role in written.parts
@@ -187,7 +190,7 @@ class ImageTextEncoder(TextEncoder):
         item = self._assemble(example, draft.full, ids, offsets, truncate)
         if draft.problem is None and not draft.added:
             if self.images.token_id in item.ids:
-                return replace(item, status="bad_image", reason="its text spells an image's token")
+                return replace(item, status="bad_image", reason=f"{OF_TEXT}spells an image's token")
             return item
         if draft.problem is not None:
             return replace(item, status="bad_image", reason=draft.problem)
@@ -202,7 +205,7 @@ class ImageTextEncoder(TextEncoder):
                 )
                 return self._told(whole, draft, of_image, "too_long", reason)
         if pieces != int((item.ids == self.images.token_id).sum()):
-            return replace(item, status="bad_image", reason="its text spells an image's token")
+            return replace(item, status="bad_image", reason=f"{OF_TEXT}spells an image's token")
         return self._told(item, draft, within, item.status, item.reason)
 
     def _of_image(
