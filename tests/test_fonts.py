@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from saefty import fonts
@@ -97,6 +98,24 @@ def test_bitmaps_placeholders_and_thin_fonts_are_not_taken():
     assert not any("color emoji" in name or name.startswith("last resort") for name in names)
     assert "cmsy10" not in names
     assert all(fonts._weight(one) >= fonts.THINNEST for one in fonts._entries().values())
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_font_list_made_without_matplotlibs_own_fonts_leaves_formulas_whole(
+    tmp_path, caplog, monkeypatch, suffix
+):
+    manager = font_manager.fontManager
+    others = [one for one in manager.ttflist if not one.name.startswith(("STIX", "cm"))]
+    monkeypatch.setattr(manager, "ttflist", others)
+    manager._findfont_cached.cache_clear()
+    fonts._entries.cache_clear()
+    figure = Figure()
+    figure.suptitle(f"$10^{{-3}}$ {suffix}")  # that no test drew before: formulas are kept
+    fit_figure(figure)
+    with caplog.at_level(logging.WARNING):
+        figure.savefig(tmp_path / f"a.{suffix}")
+    fonts._entries.cache_clear()
+    assert caplog.records == []
 
 
 def test_packages_of_fonts_are_found_without_being_imported():

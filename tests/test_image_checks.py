@@ -85,7 +85,7 @@ def test_markers_that_do_not_fit_are_no_fault_of_the_files_and_it_is_said(model,
     assert error.value.then.startswith("The files may be fine. Write the image's marker once")
     assert "Put the files right" not in error.value.then
     with pytest.raises(
-        InputError, match=r"3 of 13 images cannot be read, or \(2\) do not"
+        InputError, match=r"3 of 13 images cannot be read or \(2 of them\) do not"
     ) as error:
         prepare(model, [*twice[:2], examples[0], *good[:10]], section())
     assert "Put the files right" in error.value.then

@@ -1,5 +1,7 @@
 """The report of a sweep: which alpha is named the best, and what is said of those it cannot be."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,7 @@ def result():
         judges={"behaviour": "regex", "fluency": "perplexity"},
         prompts=PROMPTS,
         coverage=0.95,
+        norms=0.5,
         facts={},
     )
 
@@ -55,6 +58,7 @@ def test_where_no_product_is_above_that_of_not_steering_no_alpha_is_the_best(tmp
         judges={"behaviour": "regex", "fluency": "perplexity"},
         prompts=PROMPTS,
         coverage=0.95,
+        norms=0.5,
         facts={},
     )
     assert result.best(ARM).dose == PLAIN
@@ -86,3 +90,40 @@ def test_the_report_says_which_alphas_could_not_be_chosen(result, tmp_path, monk
     assert "1 of its 3 alphas could not be chosen: too few scored of their replies" in text
     lines = (tmp_path / "sweep.csv").read_text(encoding="utf-8").splitlines()
     assert [line.rsplit(",", 1)[1] for line in lines[1:]] == ["", "", "too few scored"]
+
+
+def test_the_first_sentence_says_how_few_of_the_unsteered_replies_it_rests_on(
+    result, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        steering_report, "save_plot", lambda name, data, path: fsio.commit_text(path, name)
+    )
+    write_sweep(tmp_path / "all", result)
+    assert "over 64 prompts. " in (tmp_path / "all" / "summary.md").read_text(encoding="utf-8")
+    behaviour = {point.dose: np.full(PROMPTS, 0.5) for point in result.points}
+    behaviour[PLAIN] = np.where(np.arange(PROMPTS) < 3, 0.7, np.nan)
+    fluency = dict.fromkeys(behaviour, np.ones(PROMPTS))
+    few = points_of(behaviour, fluency, None, boots=100, seed=0)
+    write_sweep(tmp_path / "few", replace(result, points=tuple(few)))
+    text = (tmp_path / "few" / "summary.md").read_text(encoding="utf-8")
+    assert "over 64 prompts, of whose replies only 3 have a score of French." in text
+
+
+def test_the_report_says_how_long_one_alpha_is_and_passes_a_caution_on(
+    result, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        steering_report, "save_plot", lambda name, data, path: fsio.commit_text(path, data.unit)
+    )
+    result = replace(result, coverage=0.0)
+    figures = write_sweep(tmp_path, replace(result, caution="The grid is too weak."))
+    assert figures["norms_of_one_alpha"] == 0.5
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "alpha is in activation units (one is 0.5 mean residual norms)" in text
+    assert "The grid is too weak." in text
+    axis = (tmp_path / "assets" / "fluency_score_vs_alpha_method_1.png").read_text("utf-8")
+    assert axis == "in activation units (one is 0.5 mean residual norms)"
+    in_norms = replace(ARM, unit="residual")
+    write_sweep(tmp_path / "norms", replace(result, arms=(in_norms,)))
+    text = (tmp_path / "norms" / "summary.md").read_text(encoding="utf-8")
+    assert "alpha is in multiples of the mean residual norm." in text

@@ -46,6 +46,8 @@ def test_missing_scores_are_left_out_of_means_and_counted():
     assert strong.change.estimate == pytest.approx((1 + 1 - 0.6) / 3), "paired, without the missing"
     assert strong.product.estimate == pytest.approx(0.8 * 0.375)
     assert plain.change.estimate == 0
+    assert np.isnan([plain.change.low, plain.change.high]).all(), "from itself, by definition"
+    assert strong.change.low < strong.change.high
     assert share_scored([plain, strong], "behaviour") == 7 / 8
     assert share_scored([plain, strong], "fluency") == 6 / 8
 

@@ -131,9 +131,11 @@ def test_limits_of_texts_are_refused_where_no_texts_are_shown(tmp_path, store, f
     assert not (tmp_path / "out").exists()
 
 
-def test_an_import_can_be_repaired_from_its_files(tmp_path, store):
-    export_store(store.folder, tmp_path / "npz")
-    import_store(tmp_path / "npz", tmp_path / "back", "mlp_out")
+@pytest.mark.parametrize("given", [None, "mlp_out"])
+def test_an_import_can_be_repaired_from_its_files(tmp_path, given):
+    planted_store.make(tmp_path / "a", part="mlp_out")
+    export_store(tmp_path / "a", tmp_path / "npz")
+    import_store(tmp_path / "npz", tmp_path / "back", given)
     shard = tmp_path / "back" / "layer_2" / "shard_00001.safetensors"
     good = shard.read_bytes()
     shard.unlink()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from matplotlib import font_manager
+from matplotlib import font_manager, get_data_path
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry
 from matplotlib.ft2font import FT2Font
@@ -155,11 +155,10 @@ def _entries() -> dict[str, FontEntry]:
 
     Of a name's weights the one next to regular is taken; those that cannot be scaled are left out.
     """
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            for path in sorted(Path(folder).rglob("*.[to]tf")):
-                font_manager.fontManager.addfont(path)
+    listed = {Path(entry.fname) for entry in font_manager.fontManager.ttflist}
+    for path in _in_packages():
+        if path not in listed:
+            font_manager.fontManager.addfont(path)
     found: dict[str, FontEntry] = {}
     for entry in font_manager.fontManager.ttflist:
         if entry.name.lower().startswith(UNFIT) or "color emoji" in entry.name.lower():
@@ -169,6 +168,19 @@ def _entries() -> dict[str, FontEntry]:
         if entry.name not in found or _distance(entry) < _distance(found[entry.name]):
             found[entry.name] = entry
     return dict(sorted(found.items()))
+
+
+def _in_packages() -> Iterator[Path]:
+    """Yield the files of matplotlib's own fonts and of installed packages.
+
+    Matplotlib keeps a list of fonts that is made once for all its installations; one made by an
+    installation without the fonts lacks them, and formulas are then drawn in others.
+    """
+    yield from sorted(Path(get_data_path()).glob("fonts/ttf/*.ttf"))
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            yield from sorted(Path(folder).rglob("*.[to]tf"))
 
 
 def _weight(entry: FontEntry) -> int:

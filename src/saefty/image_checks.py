@@ -87,7 +87,8 @@ def check_bad_images(bad: Mapping[str, str], images: int, section: ReadingSectio
     mend = "Put the files right or take the rows out (saefty data show counts the reasons)"
     if of_text:
         every = of_text == len(bad)
-        what = "do not fit their texts" if every else f"{what}, or ({of_text}) do not fit the text"
+        some = "" if every else f"{what} or ({of_text} of them) "
+        what = f"{some}do not fit their texts"
         first = "The files may be fine." if every else f"{mend}."
         mend = f"{first} {MEND_TEXT} Or take those rows out"
     raise InputError(

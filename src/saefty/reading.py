@@ -320,7 +320,7 @@ def _how_to_read_more(
         )
     of_text = sorted(reason for reason in reasons if reason.startswith(OF_TEXT))
     if of_text:
-        steps.append(f"Of an example with a bad image, {of_text[0]}. {MEND_TEXT}")
+        steps.append(f"An example is left out because {of_text[0]}. {MEND_TEXT}")
     elif ledger.skipped["bad_image"]:
         steps.append("saefty data show says what is wrong with the images.")
     if ledger.skipped["empty"]:

@@ -227,6 +227,10 @@ def told_by_flags(cls: "type[Config]", *sections: str) -> Iterator[None]:
         yield
     except SaeftyError as error:
         for part in ("message", "safe", "then"):
-            text = found.sub(flag, getattr(error, part).replace("Set data.path to ", "Name "))
+            text = getattr(error, part).replace("Set data.path to ", "Name ")
+            # One option is the whole model: there is none for its revision.
+            text = re.sub(r"\bmodel\.name( and model\.revision)?\b", "--model", text)
+            text = re.sub(r"\bmodel\.(dtype|device)\b", r"--\1", text)
+            text = found.sub(flag, text)
             setattr(error, part, re.sub(r"^(steer|vector): ", "", text, flags=re.MULTILINE))
         raise

@@ -87,14 +87,13 @@ def write_comparison(
     broken = broken or {}
     left_out = _left_out(result, coverage, broken)
     if left_out:
-        log.warning("%s", left_out)
         sections.append(Section("Strengths that were left out", left_out))
     if broken:
         sections.append(broken_section({dose.name: why for dose, why in broken.items()}))
     sections.append(Section("How it was measured", _how(result, judges, unit)))
     unequal = _unequal(facts, controls, unit)
-    if unequal:
-        log.warning("%s", unequal)
+    for told in filter(None, (left_out, unequal)):
+        log.warning("%s", told.replace("\\", ""))  # a terminal is no Markdown
     figures = {
         "behaviour": behaviour,
         "judges": {"behaviour": judges[0], "coherence": judges[1]},

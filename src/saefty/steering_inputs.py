@@ -7,7 +7,7 @@ from typing import Any
 
 from saefty import fsio
 from saefty.errors import ConfigError, MismatchError
-from saefty.interventions.steer import step_of
+from saefty.interventions.steer import Unit, step_of
 from saefty.interventions.vectors import SteeringVector, load_vector
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.pairing import hub_name, model_relation
@@ -20,8 +20,12 @@ from saefty.steering_vectors import check_sae, decoder_vector, latent_maximum, o
 log = logging.getLogger(__name__)
 
 
+USUAL = (0.1, 2.0)
+"""Mean residual norms between which a vector usually does something and leaves a model whole."""
 PLACED = "Name the block to add it at, too: steer.layer=20."
 """What to do about a bare vector."""
+NAMED = "Name the model: model.name=FOLDER."
+"""What to do about a vector that names none."""
 
 
 class Given:
@@ -61,8 +65,12 @@ class Given:
         if section.unit == "latent" and self.sae is None:
             step_of(self.vector, "latent")  # which nothing here could measure
 
-    def model_section(self, given: ModelSection | None) -> ModelSection:
+    def model_section(self, given: ModelSection | None, *, how: str = NAMED) -> ModelSection:
         """Return the model that was asked for, else the one that the vector was made on.
+
+        Args:
+            given: The model that was asked for.
+            how: What to do where there is neither, as the next step of the message.
 
         Raises:
             ConfigError: If there is neither.
@@ -71,9 +79,7 @@ class Given:
             return given
         made_on = self.vector.provenance.get("model")
         if not made_on:
-            raise ConfigError(
-                "the vector does not say which model it was made on.", then="Set model.name."
-            )
+            raise ConfigError("the vector does not say which model it was made on.", then=how)
         return ModelSection(name=hub_name(str(made_on)))
 
     def fitted(self, model: ModelAdapter, prompts: Sequence[Example]) -> SteeringVector:
@@ -118,6 +124,40 @@ class Given:
             "norms": dict(vector.norms),
             "xxh3_128": fsio.digest_bytes(vector.values.numpy().tobytes()),
         }
+
+
+def norms_of_one(
+    vector: SteeringVector, unit: Unit, model: ModelAdapter, prompts: Sequence[Example]
+) -> float:
+    """Return how many mean residual norms one alpha is, on these prompts.
+
+    Args:
+        vector: The vector, with the length that its unit needs.
+        unit: What alpha counts.
+        model: The model that it steers.
+        prompts: What is measured on.
+    """
+    if unit == "residual":
+        return 1.0
+    return float(step_of(vector, unit).norm()) / residual_norm(model, vector.site, prompts)
+
+
+def off_scale(alphas: Sequence[float], one: float) -> str:
+    """Say that no alpha of a grid lies where vectors usually act; nothing where one does.
+
+    Args:
+        alphas: The grid.
+        one: How many mean residual norms one alpha is.
+    """
+    strong = sorted(abs(alpha) * one for alpha in alphas if alpha)
+    if any(USUAL[0] <= norms <= USUAL[1] for norms in strong):
+        return ""
+    ends = " to ".join(dict.fromkeys(f"{norms:.2g}" for norms in (strong[0], strong[-1])))
+    return (
+        f"The grid adds {ends} mean residual norms, and vectors usually act between "
+        f"{USUAL[0]:g} and {USUAL[1]:g}: less hardly changes a reply, more breaks the model. What "
+        "the vector can do is not seen here; steer.unit=residual counts alpha in these norms."
+    )
 
 
 def _sae(source: str, sae_id: str | None, layer: int | None) -> SparseAutoencoder:

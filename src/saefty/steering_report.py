@@ -77,7 +77,9 @@ class SweepResult:
         prompts: How many prompts there are.
         coverage: Share of a curve's replies that must have a score for its picture, and of a dose's
             replies for it to be the best.
+        norms: How many mean residual norms one alpha is, on these prompts.
         facts: Further figures for summary.json.
+        caution: What to know of the grid before anything is read from it.
     """
 
     arms: tuple[Arm, ...]
@@ -89,7 +91,9 @@ class SweepResult:
     judges: Mapping[Kind, str]
     prompts: int
     coverage: float
+    norms: float
     facts: Mapping[str, Any]
+    caution: str = ""
 
     def curve(self, arm: Arm) -> list[DosePoint]:
         """Return an arm's points in order of alpha, the unsteered one at 0."""
@@ -186,7 +190,7 @@ def _draw(folder: Path, result: SweepResult, arm: Arm, kind: Kind) -> tuple[str,
         tuple(_on_ten(one.mean) for one in scores),
         _what(result, kind),
         METHOD_WORDS[arm.method],
-        UNIT_WORDS[arm.unit],
+        _unit(result, arm),
         result.anchors,
         tuple(
             alpha
@@ -199,6 +203,14 @@ def _draw(folder: Path, result: SweepResult, arm: Arm, kind: Kind) -> tuple[str,
     )
     save_plot("steer_curve", data, folder / ASSETS / name)
     return name, ""
+
+
+def _unit(result: SweepResult, arm: Arm) -> str:
+    """Say what alpha counts, and how much that is: a curve may be flat as all of it is weak."""
+    words = UNIT_WORDS[arm.unit]
+    if arm.unit == "residual":
+        return words
+    return f"{words} (one is {result.norms:.3g} mean residual norms)"
 
 
 def _on_ten(one: Interval) -> Interval:
@@ -248,6 +260,7 @@ def _figures(
         **result.facts,
         "prompts": result.prompts,
         "alphas": list(result.alphas),
+        "norms_of_one_alpha": result.norms,
         "unsteered": {kind: getattr(unsteered, kind).mean.estimate for kind in KINDS},
         "best": {
             name: None
@@ -274,7 +287,7 @@ def _lead(result: SweepResult) -> str:
     base = next(point for point in result.points if point.dose == PLAIN)
     words = [
         f"Unsteered, {result.behaviour} is {base.behaviour.mean} (0 to 1) and fluency "
-        f"{_fluency(result, base)}, over {result.prompts} prompts."
+        f"{_fluency(result, base)}, over {_scored(result, base)}."
     ]
     for arm in result.arms:
         best = result.best(arm)
@@ -311,7 +324,18 @@ def _lead(result: SweepResult) -> str:
             "That alpha was chosen on the prompts it is reported on, which flatters it: use "
             "`saefty steer compare` for a method's score."
         )
-    return " ".join(words)
+    return " ".join(filter(None, [*words, result.caution]))
+
+
+def _scored(result: SweepResult, base: DosePoint) -> str:
+    """Say over how many prompts, and how many of them the unsteered figures rest on."""
+    few = [
+        f"{getattr(base, kind).told.judged} have a score of {_what(result, kind)}"
+        for kind in KINDS
+        if getattr(base, kind).told.missing
+    ]
+    told = f"{result.prompts} prompts"
+    return f"{told}, of whose replies only {' and '.join(few)}" if few else told
 
 
 def _fluency(result: SweepResult, base: DosePoint) -> str:
@@ -328,7 +352,7 @@ def _method(result: SweepResult) -> str:
         f"The vector ({arm.vector.method}, norm {arm.vector.norm:.4g}) is added at "
         f"`{arm.vector.site}`, tokens: {where}"
         + (", special tokens left alone" if arm.skip_special else "")
-        + f"; alpha is {UNIT_WORDS[arm.unit]}.",
+        + f"; alpha is {_unit(result, arm)}.",
         "All methods and alphas get the same prompts, the same length and the same random numbers; "
         "alpha 0 is the model as it is, generated once for all.",
         f"Behaviour is scored by `{result.judges['behaviour']}`, fluency by "

@@ -38,6 +38,7 @@ Scores = Mapping[Dose, Float[np.ndarray, "prompts"]]
 """A score from 0 to 1 for each prompt under each dose, NaN where there is none."""
 PAIRED = (-1.0, 1.0)
 BY_DEFINITION = "1 by definition"
+NO_CHANGE = "0 by definition"
 """How the fluency of the model's own replies is found where it is what others are compared with."""
 NONE_BETTER = "no strength beats not steering"
 FAILED = "failed"
@@ -320,7 +321,7 @@ def points_of(
             dose,
             _score(draws, behaviour[dose]),
             _score(draws, fluency[dose], relative and dose == PLAIN),
-            draws.mean(behaviour[dose] - base, bounds=PAIRED),
+            _change(draws, behaviour[dose] - base, dose == PLAIN),
             product_interval(draws, behaviour[dose], fluency[dose]),
             why.get(dose, ""),
         )
@@ -345,6 +346,12 @@ def by_definition(values: Float[np.ndarray, "prompts"], found: Interval) -> Inte
 def _score(draws: Bootstrap, values: Float[np.ndarray, "prompts"], itself: bool = False) -> Score:
     found = draws.mean(values)
     return Score(by_definition(values, found) if itself else found, coverage(values))
+
+
+def _change(draws: Bootstrap, change: Float[np.ndarray, "prompts"], itself: bool) -> Interval:
+    """Return the mean change; that of the unsteered replies from themselves is 0 by definition."""
+    found = draws.mean(change, bounds=PAIRED)
+    return replace(found, low=np.nan, high=np.nan, method=NO_CHANGE) if itself else found
 
 
 def _judge_one(

@@ -109,7 +109,7 @@ def store_export(
 def store_import(
     source: Annotated[Path, typer.Argument(help="A folder of layer_<i>_shard_<n>.npz files.")],
     out: Annotated[Path, typer.Option("--out", help="The new store's folder.")],
-    hook_point: Annotated[str, typer.Option(help="Where they were read.")] = "resid_post",
+    hook_point: Annotated[str | None, typer.Option(help="Where they were read.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a store of activations from .npz files."""

@@ -253,7 +253,7 @@ def _token_bytes(store: FeatureStore) -> dict[int, bytes]:
         return {}
 
 
-def import_store(source: Path, folder: Path, hook_point: str = "resid_post") -> Outcome:
+def import_store(source: Path, folder: Path, hook_point: str | None = None) -> Outcome:
     """Make a store of `.npz` files.
 
     Raises:

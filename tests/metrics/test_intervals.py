@@ -134,6 +134,24 @@ def test_a_perfect_auroc_is_not_certain():
     assert (reverse.low, reverse.high) == pytest.approx((0.0, 1 - low))
 
 
+@pytest.mark.parametrize(
+    ("scores", "area"), [((2, 0, 0, 0), 0.75), ((0, 0, 0, 0), 0.5), ((0, 0, 0, 2), 0.25)]
+)
+def test_an_auroc_that_every_cluster_repeats_is_not_certain(scores, area):
+    harmful = np.tile([True, False, True, False], 12)
+    clusters = np.repeat(np.arange(12), 4)
+    interval = Bootstrap(48, clusters).ranking(np.tile(scores, 12).astype(float), harmful)["auroc"]
+    assert interval.estimate == area
+    assert interval.method == "Newcombe over 12 + 12 clusters"
+    assert 0 < interval.low < area < interval.high < 1
+    # Newcombe's own equation, squared, holds at both ends.
+    for end in (interval.low, interval.high):
+        variance = end * (1 - end) / 144 * (1 + 11 * ((1 - end) / (2 - end) + end / (1 + end)))
+        assert (end - area) ** 2 == pytest.approx(norm.ppf(0.975) ** 2 * variance, rel=1e-6)
+    alone = Bootstrap(4, np.zeros(4, dtype=int)).ranking(np.array([2.0, 0, 0, 0]), harmful[:4])
+    assert np.isnan([alone["auroc"].low, alone["auroc"].high]).all()
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     # 25 clusters of 4 correlated answers; the true rate is 0.5.
     held = 0

@@ -117,6 +117,43 @@ def test_one_text_with_two_labels_is_named():
     assert warning.name == "conflicting_labels"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_one_question_about_different_images_is_no_duplicate_and_no_conflict(named):
+    texts = ["What is meant by this picture?"] * 40
+    harmful = np.arange(40) % 2 == 0
+    images = [f"image {i}" for i in range(40)]
+    found = find_leaks(texts, harmful, parts=halves(40), images=images if named else None)
+    names = [] if named else ["duplicates", "conflicting_labels"]
+    assert [warning.name for warning in found] == names
+
+
+def test_texts_are_twins_with_the_same_image_alone():
+    texts = ["What is meant by this picture? Answer in one word."] * 12
+    texts[9] = texts[9][:-2] + "x"
+    images = [*"abcdef", "a", "b", "x", "d", "e", None]
+    labels = np.ones(12, dtype=bool)
+    labels[7] = False  # that of image b
+    found = duplicate_leaks(texts, labels, *halves(12), images)
+    assert {warning.name: warning.figures["texts"] for warning in found} == {
+        "duplicates": 3.0,  # a, b, e
+        "near_duplicates": 1.0,  # d
+        "conflicting_labels": 1.0,  # b
+    }
+    assert "3 of the 6 texts with their images of the report side" in found[0].message
+    assert "1 texts with their images are labelled harmful in one place" in found[2].message
+
+
+def test_nearly_equal_texts_with_different_images_are_none():
+    texts = sentences(2)
+    texts[1] = texts[0][:-1] + "x"
+    both = np.ones(2, dtype=bool)
+    assert duplicate_leaks(texts, both, *halves(2), ["a", "b"]) == []
+    # b stands on the first side as well, with another text
+    texts, images = [*sentences(2), texts[1]], ["a", "b", "b"]
+    first = np.array([True, True, False])
+    assert duplicate_leaks(texts, np.ones(3, dtype=bool), first, ~first, images) == []
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

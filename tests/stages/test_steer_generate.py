@@ -89,6 +89,8 @@ def test_columns_without_room_stand_one_under_the_other():
     }  # fmt: skip
     wide = [line.split() for line in shown(found, 120).splitlines()]
     assert ["one", "deux", "trois"] in wide
+    silent = found | {"replies": [{"prompt": "p", "plain": "one", "steered": ["", " "]}]}
+    assert "one (empty reply) (empty reply)" in " ".join(shown(silent, 120).split())
     narrow = [line.split() for line in shown(found, 50).splitlines()]
     assert ["plain", "one"] in narrow
     assert ["alpha", "=", "2", "(1", "norms)", "trois"] in narrow
@@ -140,6 +142,21 @@ def test_a_bare_vector_is_told_by_the_flag_that_places_it(tmp_path):
     assert result.exit_code == 2
     assert "--layer=20" in result.stderr
     assert "steer.layer" not in result.stderr
+    result = call("--vector", str(tmp_path / "bare.npy"), "--alpha", "1", "--layer", "1", "dog")
+    assert result.exit_code == 2
+    assert "does not say which model it was made on" in result.stderr
+    assert "--model FOLDER" in result.stderr
+
+
+def test_a_model_that_is_not_there_is_told_by_the_flag_that_names_it(vector, tmp_path):
+    (tmp_path / "model").mkdir()
+    models = {str(tmp_path / "model"): "Set --model to", "no/such": "Check --model;"}
+    for model, told in models.items():
+        result = call("--vector", vector, "--alpha", "1", "--model", model, "dog")
+        assert result.exit_code == 3
+        assert told in result.stderr
+        assert "model.name" not in result.stderr
+        assert "revision" not in result.stderr
 
 
 def test_alpha_is_told_in_residual_norms_and_a_negligible_one_is_warned_of(vector, caplog):

@@ -19,6 +19,7 @@ def make(
     dtype=torch.float32,
     examples=None,
     contrast=None,
+    part="resid_post",
 ) -> ActivationStore:
     writer = StoreWriter(folder, KIND, "fingerprint")
     records, first = [], 0
@@ -35,7 +36,7 @@ def make(
     fsio.commit_text(folder / EXAMPLES, "".join(map(fsio.dump_json_line, examples)))
     facts = {
         "layers": list(layers),
-        "sites": {str(layer): f"blocks.{layer}.hook_resid_post" for layer in layers},
+        "sites": {str(layer): f"blocks.{layer}.hook_{part}" for layer in layers},
         "d_in": D_IN,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from saefty.errors import InputError, UnsafeArtifactError
+from saefty.errors import ConfigError, InputError, UnsafeArtifactError
 from saefty.stores.activations import ActivationStore
 from saefty.stores.npz import export_npz, import_npz
 from stores import planted_store
@@ -74,6 +74,50 @@ def test_plain_activations_have_no_contrast(tmp_path):
     export_npz(planted_store.make(tmp_path / "a"), tmp_path / "npz")
     import_npz(tmp_path / "npz", tmp_path / "b")
     assert ActivationStore.open(tmp_path / "b").contrast is None
+
+
+def test_the_place_in_the_model_comes_back_without_being_asked_for(tmp_path):
+    export_npz(planted_store.make(tmp_path / "a", part="post_attn_resid"), tmp_path / "npz")
+    with np.load(tmp_path / "npz/layer_2_shard_00000.npz", allow_pickle=False) as file:
+        assert file["site"].item() == "blocks.2.hook_post_attn_resid"
+    for folder, given in (("b", None), ("c", "post_attn_resid")):
+        import_npz(tmp_path / "npz", tmp_path / folder, given)
+        again = ActivationStore.open(tmp_path / folder)
+        assert [again.site(layer).part for layer in (0, 2)] == ["post_attn_resid"] * 2
+
+
+@pytest.mark.parametrize(("given", "part"), [(None, "resid_post"), ("mlp_out", "mlp_out")])
+def test_files_that_do_not_say_where_they_were_read_are_of_the_place_given(tmp_path, given, part):
+    np.savez(tmp_path / "layer_4_shard_00000.npz", x=np.ones((2, 3), np.float32))
+    import_npz(tmp_path, tmp_path / "store", given)
+    assert ActivationStore.open(tmp_path / "store").site(4).part == part
+
+
+@pytest.mark.parametrize(
+    ("site", "given", "kind", "words"),
+    [
+        ("blocks.4.hook_mlp_out", "resid_post", InputError,
+         r"layer_4_shard_00000.npz was read at mlp_out, but --hook-point is resid_post"),
+        ("blocks.3.hook_mlp_out", None, InputError,
+         r"is of layer 4 by its name, but was read at blocks.3.hook_mlp_out"),
+        (["blocks.4.hook_mlp_out"], None, InputError, r"needs one name for site, .* <U21"),
+        ("somewhere", None, ConfigError, "'somewhere' names no place in a model"),
+        ("blocks.4.hook_mlp_out", "middle", ConfigError, "'4.middle' names no place in a model"),
+    ],
+)  # fmt: skip
+def test_a_place_that_does_not_fit_is_refused(tmp_path, site, given, kind, words):
+    np.savez(tmp_path / "layer_4_shard_00000.npz", x=np.ones((2, 3), np.float32), site=site)
+    with pytest.raises(kind, match=words):
+        import_npz(tmp_path, tmp_path / "store", given)
+
+
+def test_shards_of_one_layer_that_were_read_apart_are_refused(tmp_path):
+    x = np.ones((2, 3), np.float32)
+    np.savez(tmp_path / "layer_4_shard_00000.npz", x=x, site="blocks.4.hook_mlp_out")
+    np.savez(tmp_path / "layer_4_shard_00001.npz", x=x)
+    with pytest.raises(InputError, match=r"hook_mlp_out, blocks.4.hook_resid_post") as error:
+        import_npz(tmp_path, tmp_path / "store")
+    assert "layer 4" in error.value.message
 
 
 def test_activations_and_contrasts_make_no_store_together(tmp_path):

@@ -1,11 +1,12 @@
 """Confidence intervals: a bootstrap over clusters, and what to say where a bootstrap cannot.
 
 Rows of one cluster (a prompt and its variants) resemble each other, so clusters are drawn, not
-rows. Where every row has the same value, or a score separates the groups without an error, each
-draw is the same and a bootstrap would claim certainty; there the interval is Wilson's (1927) for a
-mean of bounded values and Newcombe's (2006, method 5) for an AUROC, both with the number of
-clusters for the number of observations. Recall, average precision and F1 are treated alike: as the
-mean over the clusters with a harmful example of a value from 0 to 1.
+rows. Where every row has the same value, a score separates the groups without an error, or every
+cluster gives a score the same AUROC, each draw is the same and a bootstrap would claim certainty;
+there the interval is Wilson's (1927) for a mean of bounded values and Newcombe's (2006, method 5)
+for an AUROC, both with the number of clusters for the number of observations. Recall, average
+precision and F1 are treated alike: as the mean over the clusters with a harmful example of a value
+from 0 to 1.
 """
 
 from collections.abc import Callable
@@ -167,11 +168,11 @@ class Bootstrap:
             )
             for name in measured
         }
-        area = intervals["auroc"].estimate
-        if area in {0.0, 1.0}:
+        found_area = intervals["auroc"]
+        area = found_area.estimate
+        if area in {0.0, 1.0} or found_area.high - found_area.low < ROUNDING:
             counts = [len(np.unique(self.codes[group])) for group in (harmful, ~harmful)]
-            end = _newcombe(counts[0], counts[1], self.level)
-            low, high = (end, 1.0) if area == 1.0 else (0.0, 1.0 - end)
+            low, high = _newcombe(area, counts[0], counts[1], self.level)
             method = f"Newcombe over {counts[0]} + {counts[1]} clusters"
             intervals["auroc"] = Interval(area, low, high, method, self.clusters, self.level)
         return intervals
@@ -264,14 +265,20 @@ def ratio(
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _newcombe(positives: int, negatives: int, level: float) -> float:
-    """Return the smallest AUROC that an observed 1 does not refute."""
+def _newcombe(area: float, positives: int, negatives: int, level: float) -> tuple[float, float]:
+    """Return the smallest and the largest AUROC that an observed one does not refute."""
+    low = 0.0 if area == 0.0 else _least(area, positives, negatives, level)
+    high = 1.0 if area == 1.0 else 1.0 - _least(1.0 - area, positives, negatives, level)
+    return low, high
+
+
+def _least(area: float, positives: int, negatives: int, level: float) -> float:
     z, middle = norm.ppf((1 + level) / 2), (positives + negatives) / 2 - 1
 
     def excess(theta: float) -> float:
         variance = theta * (1 - theta) / (positives * negatives)
         variance *= 1 + middle * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return float(1.0 - theta - z * np.sqrt(variance))
+        return float(area - theta - z * np.sqrt(variance))
 
     # excess is 0 at 1 too (no spread there); the end sought is the root below it.
-    return float(brentq(excess, 0.0, 1.0 - 1e-9))
+    return float(brentq(excess, 0.0, min(area, 1.0 - 1e-9)))

@@ -46,6 +46,7 @@ def find_leaks(
     sources: Int[np.ndarray, "examples"] | None = None,
     parts: tuple[Bool[np.ndarray, "examples"], Bool[np.ndarray, "examples"]] | None = None,
     *,
+    images: Sequence[str | None] | None = None,
     words_auroc: Interval | None = None,
     source_names: Sequence[str] | None = None,
     seed: int = 0,
@@ -58,6 +59,8 @@ def find_leaks(
         clusters: A code an example, equal for examples that belong together; None if all are apart.
         sources: A code an example for the dataset it came from; None if there is one.
         parts: The two sides of a split, such as selection and report; None skips duplicates.
+        images: A name an example for the content of its image, None where it has none; texts with
+            different images are no duplicates. None if there are no images.
         words_auroc: Held-out AUROC of a bag of words, where one was measured.
         source_names: Names of the source codes, for the messages.
         seed: Fixes the bootstrap.
@@ -67,7 +70,7 @@ def find_leaks(
     """
     found = [source_leak(harmful, sources, source_names)]
     if parts is not None:
-        found += duplicate_leaks(texts, harmful, *parts)
+        found += duplicate_leaks(texts, harmful, *parts, images)
     found.append(length_leak(texts, harmful, clusters, seed=seed))
     found.append(words_leak(words_auroc))
     return [warning for warning in found if warning is not None]
@@ -156,29 +159,35 @@ def duplicate_leaks(
     harmful: Bool[np.ndarray, "examples"],
     first: Bool[np.ndarray, "examples"],
     second: Bool[np.ndarray, "examples"],
+    images: Sequence[str | None] | None = None,
 ) -> list[LeakWarning]:
     """Warn of texts that stand on both sides of a split, word for word or nearly.
 
-    Texts are compared after `normalise`. Near means that the sets of their stretches of 5
-    characters overlap by 0.9 or more (Jaccard); a text with an exact twin is not counted again.
+    Texts are compared after `normalise`, and are no twins with different images. Near means that
+    the sets of their stretches of 5 characters overlap by 0.9 or more (Jaccard); a text with an
+    exact twin is not counted again.
 
     Args:
         texts: What the model read.
         harmful: The labels; equal texts with different labels get a warning of their own.
         first: The side that chooses or learns.
         second: The side that reports.
+        images: As in `find_leaks`.
 
     Returns:
         From none to three warnings.
     """
-    plain = [normalise(text) for text in texts]
-    labels: dict[str, set[bool]] = defaultdict(set)
-    for text, label in zip(plain, harmful.tolist(), strict=True):
-        labels[text].add(label)
-    known = {plain[i] for i in np.flatnonzero(first)}
+    shown = [None] * len(texts) if images is None else images
+    what = "texts" if not any(shown) else "texts with their images"
+    plain = [(normalise(text), image) for text, image in zip(texts, shown, strict=True)]
+    labels: dict[tuple[str, str | None], set[bool]] = defaultdict(set)
+    for one, label in zip(plain, harmful.tolist(), strict=True):
+        labels[one].add(label)
+    left = [plain[i] for i in np.flatnonzero(first)]
+    known, known_images = set(left), {image for _, image in left}
     exact = np.array([i for i in np.flatnonzero(second) if plain[i] in known], dtype=int)
     rest = np.setdiff1d(np.flatnonzero(second), exact)
-    near = _near_twins([plain[i] for i in np.flatnonzero(first)], [plain[i] for i in rest])
+    near = _near_twins(left, [plain[i] for i in rest if plain[i][1] in known_images])
     found = []
     total = int(second.sum())
     for name, count, words in (
@@ -189,7 +198,7 @@ def duplicate_leaks(
             found.append(
                 LeakWarning(
                     name,
-                    f"{count} of the {total} texts of the report side stand on the selection side "
+                    f"{count} of the {total} {what} of the report side stand on the selection side "
                     f"too, {words}: the report repeats what was seen. Give such texts the same "
                     "group (data.group), or remove them.",
                     {"texts": float(count), "share": count / total},
@@ -200,8 +209,8 @@ def duplicate_leaks(
         found.append(
             LeakWarning(
                 "conflicting_labels",
-                f"{both} texts are labelled harmful in one place and harmless in another: nothing "
-                "that reads the text can be right about both.",
+                f"{both} {what} are labelled harmful in one place and harmless in another: nothing "
+                "that reads them can be right about both.",
                 {"texts": float(both)},
             )
         )
@@ -215,9 +224,16 @@ def normalise(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def _near_twins(known: Sequence[str], asked: Sequence[str]) -> np.ndarray:
-    """Return which of the asked texts nearly equal a known one."""
-    left, right = _shingles(known), _shingles(asked)
+def _near_twins(
+    known: Sequence[tuple[str, str | None]], asked: Sequence[tuple[str, str | None]]
+) -> np.ndarray:
+    """Return which of the asked texts nearly equal a known one with the same image."""
+    left, right = (_shingles([text for text, _ in side]) for side in (known, asked))
+    codes: dict[str | None, int] = {}
+    ours, theirs = (
+        np.array([codes.setdefault(image, len(codes)) for _, image in side], dtype=int)
+        for side in (known, asked)
+    )
     sizes = (np.diff(left.indptr), np.diff(right.indptr))
     twins = np.zeros(len(asked), dtype=bool)
     columns = left.T.tocsr()
@@ -225,7 +241,8 @@ def _near_twins(known: Sequence[str], asked: Sequence[str]) -> np.ndarray:
         shared = (right[start : start + ROWS_AT_ONCE] @ columns).tocoo()
         row, column = shared.coords
         union = sizes[1][start + row] + sizes[0][column] - shared.data
-        twins[start + row[shared.data >= NEAR * union]] = True
+        alike = (shared.data >= NEAR * union) & (theirs[start + row] == ours[column])
+        twins[start + row[alike]] = True
     return twins
 
 

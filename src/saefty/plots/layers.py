@@ -80,8 +80,9 @@ def draw(data: Layers, figure: Canvas) -> None:
     if "fvu" in axes:
         places = [i for i, value in enumerate(data.fvu) if value is not None]
         heights = [value for value in data.fvu if value is not None]
-        axes["fvu"].bar(places, heights, width=0.5, color=NEUTRAL)
-        axes["fvu"].set_ylim(0, max(1.0, *heights) * 1.05)
+        bars = axes["fvu"].bar(places, heights, width=0.5, color=NEUTRAL)
+        axes["fvu"].bar_label(bars, [_fvu(value) for value in heights], padding=2, fontsize=8)
+        axes["fvu"].set_ylim(0, max(1.0, *heights) * 1.25)  # room for the numbers
         axes["fvu"].set_ylabel("variance\nunexplained\n(FVU)")
     last = axes[panels[-1]]
     names = [shortened(name, LONGEST_NAME) for name in data.names]
@@ -102,8 +103,13 @@ def _detectors(ax: Axes, data: Layers) -> None:
     ax.axhline(0.5, color=NEUTRAL, linestyle="--", linewidth=1)
     ax.set_ylim(lowest - 0.03, 1.02)
     ax.set_ylabel("held-out AUROC")
-    ax.set_title("Telling harmful from harmless, layer by layer (bars: 95 % interval)")
+    ax.set_title("Telling harmful from harmless, layer by layer\n(bars: 95 % interval)")
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5)
+
+
+def _fvu(value: float) -> str:
+    """Return an FVU as it is written at its bar, which is too low to be seen where it is small."""
+    return "<.001" if value < 0.0005 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def _series(

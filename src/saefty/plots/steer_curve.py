@@ -106,7 +106,7 @@ def _headline(data: SteerCurve, middle: np.ndarray) -> str:
     far = int(np.nanargmax(gap))
     if abs(middle[far] - base) < SAME:
         return f"{data.method}: {data.what} is {base:.1f} at every α"
-    alpha = f"{data.alphas[far]:.6g}".replace("-", "−")
+    alpha = f"{data.alphas[far]:.4g}".replace("-", "−")
     from_where = f"{base:.1f} unsteered, " if plain else ""
     text = f"{data.method}: {data.what} {from_where}{middle[far]:.1f} at α = {alpha}"
     if data.others and not np.isnan(data.others[far]):

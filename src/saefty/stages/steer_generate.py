@@ -29,6 +29,8 @@ SHOWN = 10
 """Prompts that a terminal shows, at most."""
 NEGLIGIBLE = 0.02
 """Mean residual norms below which what is added hardly changes a reply."""
+EMPTY = "(empty reply)"
+"""What stands for a reply that ended before its first word."""
 LEAST_WIDTH = 24
 """Characters of a column below which replies stand one under the other."""
 
@@ -112,7 +114,7 @@ def replies(cfg: GenerateConfig, *, model: ModelAdapter | None = None) -> dict[s
     check_prompts(prompts)
     given = Given(settings)
     chosen = None if cfg.model is None else ModelSection(name=cfg.model)
-    name = given.model_section(chosen).name
+    name = given.model_section(chosen, how="Name the model: --model FOLDER.").name
     section = build_config(ModelSection, {"name": name, "dtype": cfg.dtype, "device": cfg.device})
     model = model or open_model(section, [given.vector.site])
     check_places(
@@ -231,7 +233,7 @@ def shown(found: Mapping[str, Any], width: int | None = None, kept: Path | None 
     console.print(Text(head))
     for one in found["replies"][: SHOWN if kept else None]:
         console.print(Text(f"\n> {one['prompt']}"))
-        texts = [Text(text) for text in (one["plain"], *one["steered"])]
+        texts = [Text(text if text.strip() else EMPTY) for text in (one["plain"], *one["steered"])]
         beside = width // len(names) >= LEAST_WIDTH
         table = Table(box=box.SIMPLE_HEAD, expand=True, show_header=beside)
         if beside:

@@ -23,7 +23,7 @@ from saefty.stages.base import (
     settle_threads,
 )
 from saefty.steering import Arm, Sampling, check_prompts, gather, replies_under
-from saefty.steering_inputs import Given
+from saefty.steering_inputs import Given, norms_of_one, off_scale
 from saefty.steering_report import BROKE, SweepResult, write_sweep
 from saefty.steering_scores import check_judges, compares, points_of, reasons, scores_of
 from saefty.steering_settings import SweepSection, alpha_grid
@@ -94,6 +94,10 @@ def run(
             log.info("%s is complete; set run.dir to a new folder to sweep again", folder)
             return Outcome("steer sweep", folder, current.figures)
         arms = _arms(settings, given.fitted(model, prompts))
+        one = norms_of_one(arms[0].vector, settings.unit, model, prompts)
+        caution = off_scale(alphas, one)
+        if caution:  # before hours of replies, not after
+            log.warning("%s", caution)
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size
         )
@@ -120,6 +124,8 @@ def run(
             judges={"behaviour": settings.judge, "fluency": settings.fluency},
             prompts=len(prompts),
             coverage=settings.coverage,
+            norms=one,
+            caution=caution,
             facts=_facts(arms[0].vector, settings),
         )
         figures = write_sweep(folder, result)

@@ -1,11 +1,12 @@
 """Activation stores as `.npz` files, for tools that read nothing else, and back.
 
-    layer_<i>_shard_<n:05d>.npz   x [rows, d_in], example_id, token_pos, token_id, role, label
+    layer_<i>_shard_<n:05d>.npz   x [rows, d_in], example_id, token_pos, token_id, role, label, site
 
 `x` is float32 where the store is bfloat16, which NumPy does not have; `label` is 1 for harmful, 0
-for harmless and -1 where it is not known. Of a contrast h_on - h_off the array is called `delta`,
-and `contrast` names its method and scope; files with a `delta` alone are read as a contrast whose
-method is unknown. Files are written and read without pickle.
+for harmless and -1 where it is not known; `site` names the place in the model. Of a contrast
+h_on - h_off the array is called `delta`, and `contrast` names its method and scope; files with a
+`delta` alone are read as a contrast whose method is unknown. Files are written and read without
+pickle.
 """
 
 import logging
@@ -62,23 +63,27 @@ def export_npz(store: ActivationStore, out: Path) -> list[Path]:
             x = store.shard(layer, index)
             values = x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
             path = out / f"layer_{layer}_shard_{index:05d}.npz"
+            named = {values_name: values, "site": np.array(store.site(layer).name)}
             with fsio.staged(path) as temporary:
-                np.savez(temporary, allow_pickle=False, **{values_name: values}, **columns)
+                np.savez(temporary, allow_pickle=False, **named, **columns)
             written.append(path)
     return written
 
 
-def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> None:
+def import_npz(source: Path, folder: Path, hook_point: str | None = None) -> None:
     """Make an activation store of `.npz` files; only `x` (or `delta`) must be in them.
 
     Args:
         source: A folder with `layer_<i>_shard_<n>.npz` files.
         folder: The store's folder, empty or new; the caller has locked it.
-        hook_point: Where the activations were read.
+        hook_point: Where the activations were read; None is what the files say, and `resid_post`
+            where they do not.
 
     Raises:
         InputError: If there are no such files, layers have different shards or rows, an array is
-            missing or not finite, or activations and contrasts are mixed.
+            missing or not finite, activations and contrasts are mixed, or a file was read elsewhere
+            than another of its layer, its name or `hook_point` says.
+        ConfigError: If `hook_point`, or the place that a file names, is none in a model.
         UnsafeArtifactError: If a file would need pickle, or claims to be larger than 8 GiB.
     """
     shards: dict[int, dict[int, Path]] = {}
@@ -93,6 +98,7 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
     prints = {p.name: fsio.digest(p) for files in shards.values() for p in files.values()}
     writer = StoreWriter(folder, "activations", fsio.digest_bytes(fsio.dump_json(prints).encode()))
     records, width, dtype = [], 0, "float32"
+    sites: dict[int, set[Site]] = {layer: set() for layer in layers}
     contrasts: dict[tuple[str, ...] | None, str] = {}
     for piece, number in enumerate(sorted(shards)):
         missing = sorted(set(layers) - set(shards[number]))
@@ -108,15 +114,23 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
                 )
             _refuse_other_rows(arrays[layers[0]], held, number, (layers[0], layer))
             contrasts.setdefault(_contrast_of(held), shards[number][layer].name)
+            sites[layer].add(_site_of(held, layer, hook_point, shards[number][layer].name))
         x = {layer: torch.from_numpy(held["x"]) for layer, held in arrays.items()}
         width, dtype = x[layers[0]].shape[1], str(x[layers[0]].dtype).removeprefix("torch.")
         records.append(commit_activations(writer, piece, x, rows, {"masked": {}}))
+        for layer, found in sites.items():
+            if len(found) > 1:
+                raise InputError(
+                    f"the shards of layer {layer} were read at different places: "
+                    f"{', '.join(sorted(site.name for site in found))}.",
+                    then="Import them into stores of their own.",
+                )
     contrast = _only(contrasts)
     lines = "".join(fsio.dump_json_line(record) for record in known.values())
     fsio.commit_text(folder / EXAMPLES, lines)
     facts = {
         "layers": layers,
-        "sites": {str(layer): Site(layer, hook_point).name for layer in layers},
+        "sites": {str(layer): site.name for layer, (site,) in sites.items()},
         "d_in": width,
         "dtype": dtype,
         "pooling": "imported",
@@ -126,6 +140,37 @@ def import_npz(source: Path, folder: Path, hook_point: str = "resid_post") -> No
         **({} if contrast is None else {"contrast": dict(zip(CONTRAST, contrast, strict=True))}),
     }
     writer.finish(records, facts, [EXAMPLES])
+
+
+def _site_of(held: dict[str, np.ndarray], layer: int, hook_point: str | None, name: str) -> Site:
+    """Return where the rows of a file were read.
+
+    Raises:
+        ConfigError: If the hook point, or what the file says, is no place in a model.
+        InputError: If the file says that it was at another layer or hook point.
+    """
+    given = Site.parse(f"{layer}.{hook_point or 'resid_post'}")
+    said = held.get("site")
+    if said is None:
+        return given
+    if said.shape != () or said.dtype.kind != "U":
+        raise InputError(
+            f"{name} needs one name for site, such as {given.name}; it holds {said.dtype} "
+            f"{list(said.shape)}.",
+            then="Leave the array out, and set --hook-point.",
+        )
+    site = Site.parse(str(said))
+    if site.layer != layer:
+        raise InputError(
+            f"{name} is of layer {layer} by its name, but was read at {site.name} by its site.",
+            then=f"Call it layer_{site.layer}_shard_<n>.npz, or set its site right.",
+        )
+    if hook_point is not None and site != given:
+        raise InputError(
+            f"{name} was read at {site.part}, but --hook-point is {given.part}.",
+            then="Leave --hook-point out: the files say where they were read.",
+        )
+    return site
 
 
 def _contrast_of(held: dict[str, np.ndarray]) -> tuple[str, ...] | None:
