@@ -132,6 +132,11 @@ def test_a_target_that_does_not_move_gets_no_vector_or_a_warning(world, tmp_path
     caplog.clear()
     targeted_vector(found, sae, {3: 1.0}, way="rotation")  # learns from the other latents
     assert "latent 3 did not move among 8 held-out vectors (moved under 0% of all)" in caplog.text
+    caplog.clear()
+    group = targeted_vector(found, sae, {5: 1.0, 3: 1.0})
+    assert "1 of the 2 latents of the target moved under none of the 40 training" in caplog.text
+    assert group.provenance["unmoved"] == [3]
+    torch.testing.assert_close(group.unit, targeted_vector(found, sae, {5: 1.0}).unit)
 
 
 def test_a_run_that_was_cut_short_ends_with_the_same_bytes(world, effects, tmp_path):

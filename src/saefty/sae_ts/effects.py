@@ -9,7 +9,7 @@ Latents that never fire take no room, so the memory is that of what moved. A pie
 plan and committed whole: a run that was cut short measures the pieces that are missing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse as sp
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saefty import fsio
@@ -29,6 +29,9 @@ from saefty.tensorfile import TensorFile, pack
 
 PLAN, PLANNED, BASELINE, PIECES = "plan.json", "plan.safetensors", "baseline.safetensors", "pieces"
 Kind = Literal["random", "decoder", "mixed"]
+
+MOVED = 1e-6
+"""A latent that changed by no more than this share of one did not move."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,12 @@ class Effects:
     def toward(self, weights: Float[np.ndarray, "d_sae"]) -> Float[np.ndarray, "vectors"]:
         """Return each vector's effect on a weighted sum of latents: (steered - baseline) w."""
         return np.asarray(self.steered @ weights - self.baseline @ weights)
+
+    def moved(self, latents: Sequence[int]) -> Bool[np.ndarray, "vectors latents"]:
+        """Return which vectors moved which latents, by more than rounding."""
+        chosen = list(latents)
+        change = np.abs(self.steered[:, chosen].toarray() - self.baseline[chosen])
+        return change > MOVED * (1 + change)
 
     def subset(self, rows: Int[np.ndarray, "chosen"]) -> "Effects":
         """Return the effects of some of the vectors."""

@@ -328,8 +328,7 @@ def held_out(
     varies = np.ptp(y) > 0 and np.ptp(predicted) > 0
     found = pearsonr(y, predicted) if varies else None
     interval = found.confidence_interval() if found is not None else None
-    latents = np.flatnonzero(weights)
-    columns = effects.steered[:, latents].toarray() - effects.baseline[latents]
+    moved = effects.moved(np.flatnonzero(weights).tolist()).any(axis=1)
     return HeldOut(
         float(found.statistic) if found is not None else float("nan"),
         float(interval.low) if interval is not None else float("nan"),
@@ -337,7 +336,7 @@ def held_out(
         _r2(((y - predicted) ** 2).sum(), ((y - centre) ** 2).sum()),
         _overall_r2(fitted, train, test),
         count,
-        float((np.abs(columns) > 1e-6 * (1 + np.abs(columns))).any(axis=1).mean()),
+        float(moved.mean()),
     )
 
 

@@ -86,8 +86,17 @@ def targeted_vector(
     warning = trust.warning(list(targets))
     if warning:
         log.warning("%s", warning)
+    moved = effects.moved(list(targets))
+    unmoved = [latent for place, latent in enumerate(targets) if not moved[:, place].any()]
+    if unmoved and len(unmoved) < len(targets):
+        log.warning(
+            "%d of the %d latents of the target moved under none of the %d training vectors and "
+            "have no part in the vector: %s", len(unmoved), len(targets), len(effects.vectors),
+            ", ".join(map(str, unmoved)),
+        )  # fmt: skip
     provenance: dict[str, Any] = {
         "latents": listed(targets),
+        "unmoved": unmoved,
         "lambda": lam,
         "fit": fit,
         "penalty": fitted.penalty if isinstance(fitted, RidgeMap) else None,
