@@ -150,7 +150,7 @@ def test_the_pictures_of_a_comparison_ring_what_was_chosen_and_say_the_best(name
             control=True))  # fmt: skip
     ax = drawn(name, SteeredWays(ways, "French", "in norms", 8)).axes[0]
     title = " ".join(ax.get_title().split())
-    assert title == "Best: caa at α = 2, French × coherence = 0.80 × 1.00 = 0.80; unsteered 0.10"
+    assert title == "Highest: caa at α = 2, French × coherence = 0.80 × 1.00 = 0.80; unsteered 0.10"
     rings = ringed(ax)
     assert len(rings) == 1, "neither of the way at alpha 0 nor of the random direction"
     assert not rings[0].get_clip_on(), "whole at the edge of the axes, too"

@@ -161,7 +161,7 @@ def _headline(data: SteeredWays) -> str:
     assert best.chosen is not None
     parts = [one[best.chosen].estimate for one in (best.scores, best.behaviour, best.coherence)]
     text = (
-        f"Best: {shortened(best.name, IN_HEADING)} at α = {best.alphas[best.chosen]:.4g}, "
+        f"Highest: {shortened(best.name, IN_HEADING)} at α = {best.alphas[best.chosen]:.4g}, "
         f"{data.behaviour} × coherence = {parts[1]:.2f} × {parts[2]:.2f} = {parts[0]:.2f}"
     )
     if 0.0 in best.alphas:
