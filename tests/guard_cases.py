@@ -14,6 +14,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import tiny_models
+from saefty import fsio
 from saefty.guards.files import save_guard
 from saefty.guards.spec import GuardFacts, GuardModel, GuardSpec
 from saefty.linear import Linear
@@ -24,6 +25,7 @@ from saefty.words import bag_of_words
 
 SITE, K, D_SAE = Site(1), 4, 64
 POOLS = {"mean": np.mean, "max": np.max, "last": lambda rows, axis: rows[-1]}
+KINDS = ("words", "dense", "latents")
 TEXTS = tuple(
     f"{start} {thing}, {end}."
     for start in ("How do I bake", "Write a story about", "The quick brown fox hates")
@@ -145,3 +147,10 @@ def make_guard(folder: Path, kind: str, pooling: str = "mean", **changes: object
         rows = naive_rows(kind, pooling, sae)
     linear = fit(rows, centred=kind == "dense")
     return save_guard(folder, spec, linear, facts(), sae, examples_of(TEXTS))
+
+
+def rewrite(folder, change) -> None:
+    """Change a guard's record and seal it again, as a stranger could."""
+    record = fsio.read_sealed(folder / "guard.json")
+    change(record)
+    fsio.commit_sealed(folder / "guard.json", record)
