@@ -7,8 +7,6 @@ shipped weights are rebuilt by `python -m saefty.sandbox.language_model --out FO
 
 import argparse
 import logging
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saefty.sandbox.documents import Document
+from saefty.sandbox.teaching import PEAK_RATE, schedule, teach, weighted_loss
 from saefty.sandbox.tokenizer import BOS, EOS, ROLE_TOKENS, build_tokenizer
 from saefty.sandbox.world import World
 
@@ -29,10 +27,7 @@ REFERENCE = Path(__file__).parent / "reference.json"  # what was measured, on se
 
 STEPS = 2500
 BATCH = 32
-PEAK_RATE = 3e-3
-WARMUP_STEPS = 50
 INITIAL_SCALE = 0.01
-WEIGHT_DECAY = 0.05
 # In the last part of training, noise of up to NOISE_SIZE times its length is added to the state of
 # some tokens. It keeps the model readable when something is taken out of a state: without it, the
 # state that remains says nothing at all, not even that a reply begins.
@@ -43,8 +38,6 @@ NOISE_RATE = 1.2e-3
 # The first word of an answer says whether it is a refusal; it is one word in twenty.
 FIRST_ANSWER_WEIGHT = 8.0
 PLAIN_SHARE = 0.2  # conversations shown without role tokens, so that plain text works too
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,36 +144,20 @@ def train_language_model(
         The loss of each step, in nats a token, first answer words counted 8 times.
     """
     tokenizer = build_tokenizer(world)
-    started = time.perf_counter()
     text = training_text(world.documents(steps * BATCH, seed=seed), tokenizer, seed=seed)
     model = new_model(tokenizer, seed=seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
-    )
     order = batches(text, seed=seed)
     noise = _Noise(model, seed=seed)
-    losses: list[float] = []
-    model.train()
-    for step, rows in enumerate(order):
+
+    def loss_of(step: int) -> Float[Tensor, ""]:
+        rows = order[step]
         longest = int((text.weights[rows] > 0).sum(axis=1).max()) + 1
-        ids = torch.from_numpy(text.ids[rows, :longest])
-        weights = torch.from_numpy(text.weights[rows, :longest])
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps)
         noise.active = step >= round(NOISE_FROM * steps)
-        loss = _loss(model, ids, weights)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if on_step:
-            on_step(step + 1, losses[-1])
-    log.info(
-        "trained the sandbox's language model: %d steps, loss %.3f, %.0f s",
-        steps,
-        float(np.mean(losses[-50:])),
-        time.perf_counter() - started,
+        ids, weights = text.ids[rows, :longest], text.weights[rows, :longest]
+        return weighted_loss(model, torch.from_numpy(ids), torch.from_numpy(weights))
+
+    losses = teach(
+        model, len(order), loss_of, lambda step: _rate(step, steps), "language model", on_step
     )
     noise.remove()
     save_model(model, tokenizer, folder)
@@ -228,35 +205,12 @@ class _Noise:
         return x + size * x.detach().norm(dim=-1, keepdim=True) * unit
 
 
-def _loss(
-    model: LlamaForCausalLM, ids: Int[Tensor, "batch seq"], weights: Float[Tensor, "batch seq"]
-) -> Float[Tensor, ""]:
-    # Padding is on the right, so causal attention alone keeps it out.
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    each = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    wanted = weights[:, 1:].flatten()
-    return (each * wanted).sum() / wanted.sum()
-
-
 def _rate(step: int, steps: int) -> float:
     """Return the learning rate: one rise and fall without noise, and a lower one with it."""
     quiet = round(NOISE_FROM * steps)
     if step < quiet:
         return PEAK_RATE * schedule(step, quiet)
     return NOISE_RATE * schedule(step - quiet, steps - quiet)
-
-
-def schedule(step: int, steps: int) -> float:
-    """Return the share of the peak rate: a linear rise, then half a cosine to zero.
-
-    Args:
-        step: Counted from 0.
-        steps: How many there are.
-    """
-    warmup = min(WARMUP_STEPS, steps // 10 + 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

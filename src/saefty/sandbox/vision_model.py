@@ -8,7 +8,6 @@ folder with its processor, and is loaded by that folder's path. The shipped weig
 
 import argparse
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -29,7 +27,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from saefty.sandbox.language_model import FIRST_ANSWER_WEIGHT, PEAK_RATE, WEIGHT_DECAY, schedule
+from saefty.sandbox.language_model import FIRST_ANSWER_WEIGHT
+from saefty.sandbox.teaching import PEAK_RATE, schedule, teach, weighted_loss
 from saefty.sandbox.tokenizer import BOS, EOS, ROLE_TOKENS, word_tokenizer
 from saefty.sandbox.vision_world import SIDE, Scene, VisionWorld
 
@@ -64,8 +63,6 @@ CHAT_TEMPLATE = (
     "{% endif %}"
     "{% endfor %}"
 )
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,32 +182,23 @@ def train_vision_model(
         The loss of each step, in nats a token of the answers, first words counted 8 times.
     """
     processor = build_vision_processor(world)
-    started = time.perf_counter()
     scenes = world.scenes(steps * BATCH, seed=seed, balanced=False)
     data = training_scenes(scenes, processor.tokenizer)
     model = new_vision_model(processor, seed=seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
-    )
-    losses: list[float] = []
-    model.train()
-    for step in range(steps):
+
+    def loss_of(step: int) -> Float[Tensor, ""]:
         rows = slice(step * BATCH, (step + 1) * BATCH)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * schedule(step, steps)
-        loss = _loss(model, data, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if on_step:
-            on_step(step + 1, losses[-1])
-    log.info(
-        "trained the sandbox's vision-language model: %d steps, loss %.3f, %.0f s",
+        ids, weights = torch.from_numpy(data.ids[rows]), torch.from_numpy(data.weights[rows])
+        pixels = pixel_values(data.images[rows])
+        return weighted_loss(model, ids, weights, pixel_values=pixels)
+
+    losses = teach(
+        model,
         steps,
-        float(np.mean(losses[-50:])),
-        time.perf_counter() - started,
+        loss_of,
+        lambda step: PEAK_RATE * schedule(step, steps),
+        "vision-language model",
+        on_step,
     )
     save_vision_model(model, processor, folder)
     return losses
@@ -232,19 +220,6 @@ def save_vision_model(
         config.dtype = torch.float32
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def _loss(
-    model: LlavaForConditionalGeneration, data: TrainingScenes, rows: slice
-) -> Float[Tensor, ""]:
-    # Padding is on the right, so causal attention alone keeps it out.
-    ids, weights = torch.from_numpy(data.ids[rows]), torch.from_numpy(data.weights[rows])
-    logits = model(
-        input_ids=ids, pixel_values=pixel_values(data.images[rows]), use_cache=False
-    ).logits[:, :-1]
-    each = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    wanted = weights[:, 1:].flatten()
-    return (each * wanted).sum() / wanted.sum()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
