@@ -11,3 +11,7 @@ tests/parity/environment.sh .venv-saelens
 .venv-sparsify/bin/python -c "import importlib.metadata as m; print('eai-sparsify', m.version('eai-sparsify'))"
 # For its classes alone: what it depends on does not install beside a current torch.
 .venv-sparsify/bin/pip install --quiet --no-deps dictionary-learning==0.1.0
+# For benchmarks/query_speed.py.
+"${PYTHON:-python3}" -m venv .venv-duckdb
+.venv-duckdb/bin/pip install --quiet duckdb==2.0.0
+.venv-duckdb/bin/python -c "import duckdb; print('duckdb', duckdb.__version__)"

@@ -31,6 +31,7 @@ TINY = (16, 128, 4, 64, 2)
 N_BATCHES, QUIET = 17, 0.85
 PYTHON = {
     "saefty": sys.executable,
+    "saefty, all float32": sys.executable,
     "saefty, no compiler": sys.executable,
     "saefty, no compiler, all float32": sys.executable,
     "eai-sparsify": ROOT / ".venv-sparsify/bin/python",

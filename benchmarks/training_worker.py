@@ -8,6 +8,7 @@ the order of the pool, and one held-out batch. It prints one line of JSON.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,17 @@ class Saefty:
     def reconstruct(self, x: Tensor) -> Tensor:
         sae = self.trainee.sae
         return sae.decode(sae.encode_sparse(x))
+
+
+class SaeftyFloat32(Saefty):
+    """The kernels in C++ with the encoder's whole product in float32."""
+
+    def __init__(self, x: Tensor, d_sae: int, k: int) -> None:
+        from saefty.kernels.base import KERNELS
+
+        super().__init__(x, d_sae, k)
+        kernels = self.trainee.kernels
+        kernels.topk = partial(KERNELS["torch_sparse"].topk, kernels)
 
 
 class SaeftyUncompiled(Saefty):
@@ -114,6 +126,7 @@ class Sparsify:
 
 LIBRARIES = {
     "saefty": Saefty,
+    "saefty, all float32": SaeftyFloat32,
     "saefty, no compiler": SaeftyUncompiled,
     "saefty, no compiler, all float32": SaeftyPlain,
     "eai-sparsify": Sparsify,

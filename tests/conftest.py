@@ -1,11 +1,13 @@
 """What all tests share: no network, one thread of arithmetic order, tiny models built once."""
 
+import logging
 import os
 import signal
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked in every test; an int may stand for a float.
@@ -18,6 +20,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Where there is no GPU, Triton's programs are interpreted; Triton asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -33,6 +39,16 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """Take away what a command in this process sets up: its stream is closed by the next test."""
+    ours = logging.getLogger("saefty")
+    before = (list(ours.handlers), ours.level, ours.propagate)
+    yield
+    ours.handlers[:], ours.propagate = before[0], before[2]
+    ours.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def test_the_rest_of_the_rows_stays_as_it_is(tmp_path, model):
 def test_the_check_is_made_once_by_each_reader_also_of_a_run_that_goes_on(model, monkeypatch):
     seen = []
 
-    def check(model, batch, sites, section):
+    def check(model, batch, sites, section, name):
         seen.append([item.example.id for item in batch.items])
 
     monkeypatch.setattr(pieces, "check_contrast", check)
@@ -102,7 +102,7 @@ def test_the_check_is_made_once_by_each_reader_also_of_a_run_that_goes_on(model,
 
 
 def test_a_check_that_fails_stops_before_anything_is_read(model, monkeypatch):
-    def check(model, batch, sites, section):
+    def check(model, batch, sites, section, name):
         raise MismatchError("the intervention had no effect at layer 2")
 
     monkeypatch.setattr(pieces, "check_contrast", check)
@@ -116,8 +116,8 @@ def test_a_check_that_fails_stops_before_anything_is_read(model, monkeypatch):
 def test_rows_that_are_all_zero_in_a_layer_are_refused(model, monkeypatch):
     captured = pieces.capture_contrast
 
-    def zeros_in_layer_2(model, batch, sites, rows, section):
-        found = captured(model, batch, sites, rows, section)
+    def zeros_in_layer_2(model, batch, sites, rows, section, name):
+        found = captured(model, batch, sites, rows, section, name)
         return {site: x * (site.layer == 0) for site, x in found.items()}
 
     monkeypatch.setattr(pieces, "capture_contrast", zeros_in_layer_2)
@@ -154,6 +154,29 @@ def test_a_contrast_of_images_needs_some_and_says_so(model, method):
     with pytest.raises(InputError, match="no_image 7") as error:
         prepare(model, EXAMPLES, section)
     assert "set data.image to the column of images" in error.value.then
+
+
+def test_texts_among_images_are_counted_where_their_delta_is_another_thing(caplog):
+    model = tiny_vlms.load("llava")
+    path = tiny_vlms.example_images()[0]
+    mixed = [*EXAMPLES[:2], Example("a", "What is it?", image=path)]
+
+    def told(examples, method, **pooling):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            prepare(model, examples, ReadingSection(contrast={"method": method}, **pooling))
+        return caplog.text
+
+    mean = {"pooling": {"name": "text_only_mean"}}
+    assert "2 of 3 examples have no image" in told(mixed, "zero_attention", **mean)
+    assert "instead of that behind an image" in caplog.text
+    assert "extract.contrast.method=knockout" in caplog.text
+    assert "2 of 3 examples have no image" in told(mixed, "zero_attention")
+    assert "instead of that behind" not in caplog.text
+    assert "no_image 2" in told(mixed, "knockout", **mean)
+    assert "have no image" not in caplog.text
+    for alike in (mixed[:2], mixed[2:]):
+        assert not told(alike, "zero_attention", **mean)
 
 
 def test_what_was_read_as_a_contrast_is_read_again_as_one_but_the_embedding(tmp_path, model):

@@ -25,7 +25,7 @@ from saefty.stores.features import FeatureStore
 N, D, D_SAE = 240, 10, 16
 TRUTH = np.arange(N) % 2 == 0
 LAYERS = (0, 2)
-CONTRAST = {"method": "knockout", "scope": "per_layer"}
+CONTRAST = {"method": "unknown", "scope": "unknown"}
 FAST = ("eval.permutations=100", "eval.boots=100", "intervention.counts=[1,2]")
 
 
@@ -108,10 +108,10 @@ def halves(folder):
     return evaluate_latents(pooled, TRUTH, permutations=100).report
 
 
-def test_an_sae_of_another_contrast_needs_no_model_and_says_why_it_is_not_run(world):
+def test_an_sae_of_an_unknown_contrast_needs_no_model_and_says_why_it_is_not_run(world):
     figures = world[3].figures["layers"]["2"]
     assert figures["gating"] is None
-    assert "the contrast knockout" in figures["gating_left_out"]
+    assert "the contrast unknown" in figures["gating_left_out"]
     text = (world[0] / "r" / "summary.md").read_text()
     assert "Nothing was silenced in the forward pass" in text
     assert "In the stored activations, where no model runs" in text
@@ -289,7 +289,7 @@ def test_a_store_of_other_examples_beside_features_is_refused(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"contrast": None}, r"of contrasts .*knockout.* eval.store .* plain"),
+    [({"contrast": None}, r"of contrasts .*unknown.* eval.store .* plain"),
      ({"sites": {"0": "blocks.0.hook_resid_post", "2": "blocks.2.hook_resid_post"}},
       r"latents of blocks.0.hook_post_attn_resid.* eval.store .* holds blocks.0.hook_resid_post")],
 )  # fmt: skip

@@ -232,6 +232,7 @@ class Counted(torch.nn.Module):
 
 def test_all_saes_read_one_forward_pass_that_stops_after_the_deepest_of_their_blocks(zoo, tmp_path):
     model = tiny_models.load_model(str(tiny_models.folder_of("llama")))
+    assert model.causal  # tried once a model
     blocks = [Counted(block) for block in model.blocks]
     cfg = load_config(
         EncodeConfig, None, [f"encode.sae={words(zoo)}", "model.name=x", f"run.dir={tmp_path}",

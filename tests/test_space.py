@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny_models
+from saefty import fsio
 from saefty.checkpoints import Checkpoint, best_weights, save_checkpoint, save_tensors
 from saefty.optimisation import Trainee
 from saefty.reading import PoolingSection, ReadingSection, prepare
@@ -12,10 +13,12 @@ from saefty.records import Example
 from saefty.saes.base import SaeConfig
 from saefty.saes.native import save_sae
 from saefty.space import activation_bytes, feature_bytes, planned_rows, training_bytes
+from saefty.stores import index
 from saefty.stores.activations import ROW_COLUMNS, commit_activations
 from saefty.stores.base import StoreWriter
 from saefty.stores.features import commit_features
 from saefty.stores.index import build_index
+from saefty.tensorfile import pack
 from saefty.training_settings import OptimizerSection
 
 
@@ -47,6 +50,28 @@ def test_the_bytes_of_a_store_of_features_are_those_of_its_files(tmp_path):
     for layer in (0, 1):
         build_index(tmp_path, layer, 1, d_sae)
     assert feature_bytes(n, [k, k]) == pytest.approx(held(tmp_path), rel=0.01)
+
+
+def test_a_large_index_needs_room_for_its_buckets_too(tmp_path, monkeypatch):
+    n, layers = 4000, [16, 8]
+    at_once = feature_bytes(n, layers)
+    monkeypatch.setattr("saefty.stores.index.ENTRIES_AT_ONCE", 30_000)
+    monkeypatch.setattr("saefty.space.ENTRIES_AT_ONCE", 30_000)
+    ends = []
+    read = index._Buckets.read
+    monkeypatch.setattr(
+        index._Buckets, "read", lambda self, places: ends.append(self._end) or read(self, places)
+    )
+    for layer, k in enumerate(layers):
+        rng = np.random.default_rng(0)
+        code = {
+            "indptr": np.arange(n + 1) * k,
+            "ids": rng.integers(0, 64, n * k).astype(np.uint32),
+            "values": rng.random(n * k, dtype=np.float32),
+        }
+        fsio.commit_bytes(tmp_path / f"layer_{layer}/shard_00000.safetensors", pack(code, {}))
+        build_index(tmp_path, layer, 1, 64)
+    assert feature_bytes(n, layers) - at_once == max(ends)
 
 
 def test_the_bytes_of_a_store_are_those_of_its_files(tmp_path):

@@ -7,11 +7,13 @@ import torch
 import tiny_models
 from saefty import steering_report
 from saefty.config import build_config
+from saefty.errors import ConfigError
 from saefty.interventions.vectors import SteeringVector
 from saefty.records import Example, Site
 from saefty.stages.base import GIVEN_IN_PYTHON
 from saefty.stages.steer_sweep import SweepConfig, run
-from saefty.steering_inputs import norms_of_one, off_scale
+from saefty.steering_inputs import norms_of_one, off_scale, tell_requests
+from saefty.steering_settings import SweepSection, alpha_grid
 
 SITE = Site(1)
 PROMPTS = [Example("a", "the lazy dog", raw=True), Example("b", "the model reads", raw=True)]
@@ -100,3 +102,39 @@ def test_a_sweep_warns_of_such_a_grid_before_it_generates_and_in_its_report(
     assert told in sweep("weak", [0.001 / one, -0.01 / one])
     assert all(warned)
     assert caplog.text.count(told) == 1
+
+
+def section(**keys):
+    given = {"vector": "v", "judge": "regex", "judge_options": {"pattern": "o"}, **keys}
+    return build_config(SweepSection, given)
+
+
+def test_a_grid_of_more_alphas_than_anyone_looks_at_is_refused():
+    assert len(alpha_grid(section(alpha_count=1000))) == 1001
+    with pytest.raises(ConfigError, match=r"the grid has 2,000,000 alphas; at most 1,000"):
+        alpha_grid(section(alpha_count=2_000_000))
+
+
+def test_what_an_endpoint_will_be_asked_is_said_before_the_sweep(caplog):
+    caplog.set_level("INFO")
+    tell_requests(section(), 30, 39, 64)
+    assert not caplog.messages, "a pattern costs nothing"
+    both = section(judge="openai", fluency="openai")
+    tell_requests(both, 30, 39, 64)
+    assert "openai will be asked at most 2,340 times (30 prompts, 39 times each" in caplog.text
+    assert "about replies of up to 64 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("judge", "options", "told"),
+    [
+        ("openai", {"criterion": "speaks of cats"}, "“speaks of cats”"),
+        ("regex", {"pattern": "chat"}, "a match of chat"),
+        ("language", {"target": "fr"}, "sentences in fr"),
+        ("lexicon", {"words": ["a"]}, "share of listed words"),
+        ("mine", {}, "what mine looks for"),
+    ],
+)
+def test_a_behaviour_without_a_name_is_called_what_its_judge_looks_for(judge, options, told):
+    assert section(judge=judge, judge_options=options).behaviour == told
+    assert section(judge=judge, behaviour_name="French").behaviour == "French"

@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from saefty import matmul
 from saefty.errors import MismatchError
 
 log = logging.getLogger("saefty.jobs")
@@ -46,3 +47,11 @@ class NeverOpens:
 
     def __call__(self):
         os._exit(3)
+
+
+@dataclass(frozen=True)
+class Multiplying:
+    """Tells how its process multiplies matrices."""
+
+    def __call__(self):
+        return lambda task, report: matmul.chosen()

@@ -4,31 +4,40 @@ A tall "stripe and cloud" in a scatter of raw codes often is the mean, or one la
 and not structure; it goes away when the mean is taken off, or when each latent is divided by its
 standard deviation. So the three are computed together, from the same passes over the codes.
 
-The components are singular vectors of A = (X - 1 mᵀ) D, with m = 0 and D = 1 for raw codes, found
-by a randomised block Krylov method that multiplies by X alone: neither A nor a dense X is made. All
-powers of the block are kept, which needs far fewer passes than subspace iteration does.
+The components are eigenvectors v of AᵀA with A = (X - 1 mᵀ) D, with m = 0 and D = 1 for raw codes.
+A block Lanczos method finds them that multiplies by X alone: neither A nor a dense X is made. The
+space for raw codes begins with the mean and so serves centred codes too, whose AᵀA is
+XᵀX - n m mᵀ. A space grows until ‖AᵀA v - σ² v‖, which is known without another product, shows
+that σ² is right and, where a component stands out, that v is.
 
-Source: Musco and Musco 2015, "Randomized block Krylov methods for stronger and faster approximate
-singular value decomposition" (arXiv:1504.05477), algorithm 2.
+Source: Golub and Underwood 1977, "The block Lanczos method for computing eigenvalues"; on how few
+steps it takes from a random start, Musco and Musco 2015 (arXiv:1504.05477).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.sparse import csc_array, csr_array
+from scipy.sparse import csr_array, vstack
 
 from saefty.metrics.firing import widened
 from saefty.token_sample import Block, TokenSample
 
 COMPONENTS = 2
-BLOCK = 8
-MAX_POWERS = 10
-TOLERANCE = 1e-9  # by which the singular values may still change, relative to the first
+BLOCK = 2  # random vectors that a space begins with: as many equal components are told apart
+DENSE_BLOCK = 8  # where a pass over the codes costs far more than one vector more
+MOST_VECTORS = 128  # of a space
+EXACT = 1e-7  # ‖AᵀA v - σ² v‖ / σ² at most, of a component that stands out
+ROUGH = 0.03  # and of one that does not: its σ is within 1.5 %
+LOOKS = 2  # steps from one look at them to the next
 FORMS = ("raw", "centred", "standardised")
 APART = 1.1
 DENSE_VALUES = 1 << 26  # of dense codes that are looked at: about 3,000 tokens of 20,000 latents
+HELD_VALUES = 1 << 24  # of sparse codes that are held in double precision: 200 MB
 CONSTANT = 1e-12  # share of the mean square below which a latent's variance is rounding
+TINY = 1e-10  # share of AᵀA below which a direction is rounding
+NOTHING = 1e-7  # σ, as a share of the first one, below which a component is rounding
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,13 @@ def project_codes(sample: TokenSample, seed: int = 0) -> CodePca:
     Returns:
         The projections. A component's sign is chosen so that its largest score is positive.
     """
-    sample = _thinned(sample)
-    products = _Products(sample)
-    rng = np.random.default_rng(seed)
-    found = products.projections(rng)
-    mean, first = products.mean, found["raw"].components[0]
+    codes = _Codes(_thinned(sample))
+    spaces = _spaces(codes, np.random.default_rng(seed))
+    found = {form: _projection(codes, spaces[form], form) for form in FORMS}
+    mean, first = codes.mean, found["raw"].components[0]
     length = float(np.linalg.norm(mean) * np.linalg.norm(first))
     cosine = abs(float(mean @ first)) / length if length > 0 else float("nan")
-    return CodePca(found, sample.l0(), min(cosine, 1.0) if cosine == cosine else cosine)
+    return CodePca(found, codes.sample.l0(), min(cosine, 1.0) if cosine == cosine else cosine)
 
 
 def _thinned(sample: TokenSample) -> TokenSample:
@@ -101,8 +109,8 @@ def _thinned(sample: TokenSample) -> TokenSample:
     return TokenSample(tuple(parts), sample.width)
 
 
-class _Products:
-    """Products with the three forms of X, in one pass over X for all of them."""
+class _Codes:
+    """X, the means and scales of its latents, and products with it."""
 
     def __init__(self, sample: TokenSample) -> None:
         self.sample, self.n, self.width = sample, sample.n_tokens, sample.width
@@ -126,113 +134,184 @@ class _Products:
             "centred": float(variance[varies].sum() * self.n),
             "standardised": float(varies.sum() * self.n),
         }
+        sparse = [part for part in sample.parts if isinstance(part, csr_array)]
+        self.is_sparse = len(sparse) == len(sample.parts)
+        self._held: csr_array | None = None
+        if sparse and self.is_sparse and sum(part.nnz for part in sparse) <= HELD_VALUES:
+            self._held = csr_array(vstack(sparse, format="csr")).astype(np.float64)
 
-    def projections(self, rng: np.random.Generator) -> dict[str, Projection]:
-        block = min(BLOCK, self.n, self.width)
-        states = {form: _Krylov(self.squares[form]) for form in FORMS}
-        right = {form: rng.standard_normal((self.width, block)) for form in FORMS}
-        for _ in range(MAX_POWERS):
-            left = self._times(right)
-            added = {form: states[form].extend(left[form]) for form in FORMS}
-            right = self._transposed_times(added)
-            for form in FORMS:
-                states[form].close(right[form])
-            if all(state.settled for state in states.values()):
-                break
-        return {form: states[form].projection(self.n, self.width) for form in FORMS}
-
-    def _times(self, right: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return A W for each form."""
-        inner = {**right, "standardised": self.scale[:, None] * right["standardised"]}
-        stacked = np.hstack([inner[form] for form in FORMS])
-        parts = [_dot(block, stacked) for block in self.sample.blocks()]
-        product = np.vstack([np.zeros((0, stacked.shape[1])), *parts])
-        out, at = {}, 0
-        for form in FORMS:
-            columns = slice(at, at + inner[form].shape[1])
-            out[form], at = product[:, columns], columns.stop
-            if form != "raw":
-                out[form] = out[form] - self.mean @ inner[form]
-        return out
-
-    def _transposed_times(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return Aᵀ Q for each form."""
-        stacked = np.hstack([left[form] for form in FORMS])
-        product, first = np.zeros((self.width, stacked.shape[1])), 0
-        for block in self.sample.blocks():
-            rows = stacked[first : first + block.shape[0]]
-            product += _dot(block.T, rows)
-            first += block.shape[0]
-        out, at = {}, 0
-        for form in FORMS:
-            columns = slice(at, at + left[form].shape[1])
-            out[form], at = product[:, columns], columns.stop
-            if form != "raw":
-                out[form] = out[form] - np.outer(self.mean, left[form].sum(axis=0))
-            if form == "standardised":
-                out[form] = self.scale[:, None] * out[form]
-        return out
-
-
-class _Krylov:
-    """The space of one form: an orthonormal Q [tokens, k] and Aᵀ Q, grown block by block."""
-
-    def __init__(self, squares: float) -> None:
-        self.squares = squares
-        self.settled = squares <= 0
-        self._left: np.ndarray | None = None
-        self._right: np.ndarray | None = None
-        self._last = np.zeros(COMPONENTS)
-
-    def extend(self, product: np.ndarray) -> np.ndarray:
-        """Add the directions of A W that are new; return them."""
-        if self.settled:
-            return np.zeros((len(product), 0))
-        size = np.linalg.norm(product, axis=0).max(initial=0.0)
-        if self._left is not None:
-            for _ in range(2):  # once leaves what rounding puts back
-                product = product - self._left @ (self._left.T @ product)
-        q, r = np.linalg.qr(product)
-        kept = np.abs(np.diag(r)) > 1e-10 * size
-        new = q[:, kept]
-        if self._left is not None:
-            new = new - self._left @ (self._left.T @ new)
-        self._left = new if self._left is None else np.hstack([self._left, new])
-        return new
-
-    def close(self, product: np.ndarray) -> None:
-        """Take Aᵀ of what was added, and see whether the singular values still move."""
-        if self.settled:
+    def _blocks(self) -> Iterator[Block]:
+        # In double precision, because a mean much larger than what varies is taken off.
+        if self._held is not None:
+            yield self._held
             return
-        self._right = product if self._right is None else np.hstack([self._right, product])
-        # From the squares, which is quick and exact enough for what is as large as the first.
-        squares = np.linalg.eigvalsh(self._right.T @ self._right)[::-1][:COMPONENTS]
-        values = np.pad(np.sqrt(squares.clip(min=0.0)), (0, COMPONENTS - len(squares)))
-        # The error of a singular value is the square of its vector's.
-        moved = np.abs(values - self._last).max()
-        self.settled = product.shape[1] == 0 or moved <= TOLERANCE * values.max()
-        self._last = values
+        for block in self.sample.blocks():
+            wide = block if isinstance(block, csr_array) else widened(block)
+            yield wide.astype(np.float64)
 
-    def projection(self, tokens: int, width: int) -> Projection:
-        """Return the first components found."""
-        scores, components = np.zeros((tokens, COMPONENTS)), np.zeros((COMPONENTS, width))
-        shares = [0.0] * COMPONENTS
-        if self._left is None or self._right is None or self._left.shape[1] == 0:
-            return Projection(scores, (0.0, 0.0), components, (True, True))
-        q, r = np.linalg.qr(self._right)
-        u, s, vt = np.linalg.svd(r.T)
-        vt = vt[:COMPONENTS] @ q.T
-        for i in range(min(COMPONENTS, int((s > 1e-9 * s[0]).sum()))):
-            line = (self._left @ u[:, i]) * s[i]
-            sign = 1.0 if line[np.argmax(np.abs(line))] >= 0 else -1.0
-            scores[:, i], components[i] = sign * line, sign * vt[i]
-            shares[i] = float(s[i] ** 2 / self.squares)
-        third = float(s[COMPONENTS] ** 2) if len(s) > COMPONENTS else 0.0
-        apart = [float(one**2) >= APART * third for one in (*s[:COMPONENTS], 0.0)]
-        return Projection(scores, (shares[0], shares[1]), components, (apart[0], apart[1]))
+    def times(
+        self, w: Float[np.ndarray, "vectors d_sae"], shift: Float[np.ndarray, "vectors"]
+    ) -> Float[np.ndarray, "vectors tokens"]:
+        """Return X w - shift for each vector w."""
+        return np.hstack([np.zeros((len(w), 0)), *(_times(x, w, shift) for x in self._blocks())])
+
+    def squared(
+        self, w: Float[np.ndarray, "vectors d_sae"], shift: Float[np.ndarray, "vectors"]
+    ) -> tuple[Float[np.ndarray, "vectors d_sae"], Float[np.ndarray, "vectors"]]:
+        """Return Xᵀ (X w - shift) and 1ᵀ (X w - shift) for each vector w, in one pass over X."""
+        product, total = np.zeros_like(w), np.zeros(len(w))
+        for block in self._blocks():
+            left = _times(block, w, shift)
+            total += left.sum(axis=1)
+            if isinstance(block, csr_array):
+                columns = block.T
+                for out, line in zip(product, left, strict=True):
+                    out += columns @ line
+            else:
+                product += left @ block
+        return product, total
 
 
-def _dot(block: Block | csc_array, w: np.ndarray) -> np.ndarray:
-    # In double precision, because a mean much larger than what varies is taken off afterwards.
-    wide = widened(block) if isinstance(block, np.ndarray) else block
-    return np.asarray(wide.astype(np.float64) @ w)
+def _times(x: Block, w: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    if isinstance(x, np.ndarray):
+        return w @ x.T - shift[:, None]
+    # One after the other: SciPy takes longer for all of them at once.
+    lines = [x @ line for line in w]
+    return np.stack(lines) - shift[:, None] if lines else np.zeros((0, x.shape[0]))
+
+
+def _spaces(codes: _Codes, rng: np.random.Generator) -> dict[str, "_Space"]:
+    """Grow a space for raw and centred codes and one for standardised codes; return each form's."""
+    raw = _Space(codes, ("raw", "centred"), rng, codes.mean)
+    standardised = _Space(codes, ("standardised",), rng)
+    for step in range(1, MOST_VECTORS):
+        w, v = raw.newest, standardised.newest * codes.scale
+        if len(w) + len(v) == 0:
+            break
+        shift = np.concatenate([np.zeros(len(w)), v @ codes.mean])
+        product, total = codes.squared(np.vstack([w, v]), shift)
+        product[len(w) :] -= np.outer(total[len(w) :], codes.mean)
+        raw.extend(product[: len(w)], look=step % LOOKS == 0)
+        standardised.extend(product[len(w) :] * codes.scale, look=step % LOOKS == 0)
+    return {"raw": raw, "centred": raw, "standardised": standardised}
+
+
+class _Space:
+    """An orthonormal basis, one vector a row, and AᵀA of raw or standardised codes within it.
+
+    Args:
+        codes: The codes.
+        forms: Whose components are sought in it.
+        rng: Draws the vectors that it begins with.
+        first: A vector that it begins with besides.
+    """
+
+    def __init__(
+        self,
+        codes: _Codes,
+        forms: tuple[str, ...],
+        rng: np.random.Generator,
+        first: Float[np.ndarray, "d_sae"] | None = None,
+    ) -> None:
+        self._codes, self._rng = codes, rng
+        self._forms = [form for form in forms if codes.squares[form] > 0]
+        most = min(MOST_VECTORS, codes.width) if self._forms else 0
+        self._basis = np.empty((most, codes.width))
+        self._within = np.zeros((most, most))
+        self._known = 0  # of so many vectors AᵀA was taken
+        self._last = self._new = slice(0, 0)
+        self._rest = np.zeros((0, 0))
+        start = self._drawn()
+        if first is not None:
+            start = np.vstack([first / (np.linalg.norm(first) or 1.0), start])
+        self._append(start, 1.0)
+
+    @property
+    def newest(self) -> Float[np.ndarray, "block d_sae"]:
+        """The vectors of which AᵀA is to be taken next; none once all is found."""
+        return self._basis[self._new]
+
+    def extend(self, product: Float[np.ndarray, "block d_sae"], look: bool) -> None:
+        """Take AᵀA of the newest vectors and add what is new in it, unless a look finds it all."""
+        if not len(product):
+            return
+        self._last, self._known = self._new, self._new.stop
+        basis = self._basis[: self._known]
+        along = product @ basis.T
+        self._within[self._last, : self._known] = along
+        self._within[: self._known, self._last] = along.T
+        size = float(np.abs(self._within).max())
+        self._rest = self._append(self._orthogonal(product), size)
+        if not len(self.newest):
+            # All that these vectors lead to is known: others find components equal to theirs.
+            if np.abs(along).max() > TINY * size:
+                self._append(self._orthogonal(self._drawn()), 1.0)
+        elif look and all(self._is_found(form) for form in self._forms):
+            self._new = slice(self._known, self._known)
+
+    def _drawn(self) -> Float[np.ndarray, "block d_sae"]:
+        block = BLOCK if self._codes.is_sparse else DENSE_BLOCK
+        return self._rng.standard_normal((block, self._codes.width))
+
+    def _orthogonal(self, vectors: np.ndarray) -> np.ndarray:
+        basis = self._basis[: self._known]
+        for _ in range(2):  # once leaves what rounding puts back
+            vectors = vectors - (vectors @ basis.T) @ basis
+        return vectors
+
+    def _append(self, vectors: np.ndarray, size: float) -> np.ndarray:
+        """Add the directions of vectors orthogonal to the basis; return the vectors in their terms.
+
+        Args:
+            vectors: The vectors.
+            size: Of what they come from: a share of it too small to be more than rounding is left.
+        """
+        q, r = np.linalg.qr(vectors.T)
+        new = q.T[np.abs(np.diag(r)) > TINY * size][: len(self._basis) - self._known]
+        self._new = slice(self._known, self._known + len(new))
+        self._basis[self._new] = new
+        return np.asarray(r)
+
+    def values(self, form: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return σ² of the first three components, ‖AᵀA v - σ² v‖, and v in the basis' terms."""
+        within = self._within[: self._known, : self._known]
+        if form == "centred":
+            mean = self._basis[: self._known] @ self._codes.mean
+            within = within - self._codes.n * np.outer(mean, mean)
+        squares, vectors = np.linalg.eigh(within)
+        squares, vectors = squares[::-1][: COMPONENTS + 1], vectors[:, ::-1][:, : COMPONENTS + 1]
+        return squares, np.linalg.norm(self._rest @ vectors[self._last], axis=0), vectors
+
+    def _is_found(self, form: str) -> bool:
+        squares, errors, _ = self.values(form)
+        if len(squares) <= COMPONENTS:
+            return False
+        for square, error in zip(squares[:COMPONENTS], errors, strict=False):
+            needed = EXACT if square >= APART * squares[COMPONENTS] else ROUGH
+            if error > needed * square and square > NOTHING**2 * squares[0]:
+                return False
+        return True
+
+    def components(self, vectors: np.ndarray) -> Float[np.ndarray, "found d_sae"]:
+        """Return vectors given in the basis' terms."""
+        return vectors.T @ self._basis[: self._known]
+
+
+def _projection(codes: _Codes, space: _Space, form: str) -> Projection:
+    """Return the first components found."""
+    scores, components = np.zeros((codes.n, COMPONENTS)), np.zeros((COMPONENTS, codes.width))
+    shares = [0.0] * COMPONENTS
+    if codes.squares[form] <= 0:
+        return Projection(scores, (0.0, 0.0), components, (True, True))
+    squares, _, vectors = space.values(form)
+    found = space.components(vectors[:, :COMPONENTS])
+    w = found * codes.scale if form == "standardised" else found
+    lines = codes.times(w, np.zeros(len(w)) if form == "raw" else w @ codes.mean)
+    lengths = np.linalg.norm(lines, axis=1)
+    for i in np.flatnonzero(lengths > NOTHING * lengths[0]):
+        sign = 1.0 if lines[i][np.argmax(np.abs(lines[i]))] >= 0 else -1.0
+        scores[:, i], components[i] = sign * lines[i], sign * found[i]
+        shares[i] = float(lengths[i] ** 2 / codes.squares[form])
+    third = float(squares[COMPONENTS]) if len(squares) > COMPONENTS else 0.0
+    apart = [float(one**2) >= APART * third for one in (*lengths, 0.0)]
+    return Projection(scores, (shares[0], shares[1]), components, (apart[0], apart[1]))

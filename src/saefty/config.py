@@ -194,6 +194,9 @@ def as_typed(line: str) -> str:
     """Return a line of `differing_keys` about a run's facts with the key as a user types it."""
     for recorded in ("inputs.model.threads:", "inputs.threads:"):
         line = line.replace(recorded, "engine.threads:")
+    for recorded in ("inputs.model.matmul:", "inputs.matmul:"):
+        if line.startswith(recorded):  # torch's default is not recorded
+            line = line.replace(recorded, "SAEFTY_MATMUL:").replace("None", "'default'")
     return line.removeprefix("config.")
 
 

@@ -10,30 +10,39 @@ it would be what went into the layer, so that δ_t is known at once:
     zero_attention, cross_attention     attn_out           attn_out
 
 The first is what attention adds, whatever norm or gate lies behind it; taking something out of it
-is taking it out of the residual. Elsewhere h_off is known only from a second computation of the
-layer, or of the model. The SAE saw means; single tokens may lie far from those, and how far is
-measured.
+is taking it out of the residual. Elsewhere h_off is computed beside the pass: `per_layer` the layer
+once more, `joint` a second pass as far as the layer (`saefty.models.live_contrast`). The SAE saw
+means; single tokens may lie far from those, and how far is measured.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from saefty import fsio
+from saefty.config import build_config
 from saefty.fidelity import measure_fidelity
 from saefty.models.base import ModelAdapter, TokenizedExample
 from saefty.models.batching import plan_batches
-from saefty.records import ROLES, Site
+from saefty.models.contrast import ContrastSection
+from saefty.models.live_contrast import LiveContrast
+from saefty.records import Site
 from saefty.saes.base import SparseAutoencoder
+from saefty.stores.activations import UNKNOWN
 
 METRICS = "metrics.json"
+CHECKED = 2  # prompts that are read both ways
 KNOWN_AT_ONCE = {"post_attn_resid": "resid_pre", "attn_out": None}
 """Where δ is known of a layer whose attention adds nothing -> what is taken from what is there."""
+IN_WORDS = {
+    "knockout": "with the image hidden from the text",
+    "zero_attention": "with attention zero",
+    "cross_attention": "with cross-attention zero",
+}
 TIMES, FURTHER = 2.0, 0.2
 """The FVU of single tokens is far from that of training above either of these."""
 
@@ -79,48 +88,53 @@ class ForwardPlace:
     Attributes:
         site: Where what its latents contribute is taken out.
         less: It reads what lies at `site` less what lies here; None: what lies at `site`.
+        contrast: It reads this δ, whose OFF state is computed beside the pass; None where that is
+            not needed.
     """
 
     site: Site
     less: Site | None = None
+    contrast: LiveContrast | None = None
+
+    @property
+    def reads(self) -> str:
+        """What δ is here, in words that go behind `the δ of each text token`."""
+        if self.contrast is None:
+            return "which is what attention adds"
+        method, layer = self.contrast.section.method, self.site.layer
+        if self.contrast.section.scope == "per_layer":
+            return f"for which layer {layer} is computed a second time, {IN_WORDS[method]}"
+        where = f"all layers up to {layer}"
+        if method != "knockout":
+            where = f"the layers {', '.join(map(str, self.contrast.layers))}"
+        return f"for which the model is run a second time, {IN_WORDS[method]} in {where}"
 
 
-def forward_place(site: Site, contrast: Mapping[str, str] | None) -> ForwardPlace | str:
+def forward_place(
+    site: Site, contrast: Mapping[str, str] | None, layers: Sequence[int]
+) -> ForwardPlace | str:
     """Return where an SAE acts in the forward pass, or why it cannot.
 
     Args:
         site: Where it was trained.
         contrast: Method and scope of the contrast it was trained on; None for plain activations.
+        layers: The layers that were read together.
     """
     if contrast is None:
         return ForwardPlace(site)
-    method, scope = contrast.get("method"), contrast.get("scope")
-    if method not in ("zero_attention", "cross_attention"):
+    if UNKNOWN in contrast.values():
         return (
-            f"the SAE was trained on δ of the contrast {method}, whose OFF state is known only "
-            "from computing the layer a second time, not while the model replies"
+            f"the SAE was trained on δ of the contrast {contrast['method']} and the scope "
+            f"{contrast['scope']}: without both it is not known what was off"
         )
-    if scope != "per_layer":
-        return (
-            f"the SAE was trained on δ of the scope {scope}, in which the layers before this one "
-            "are off too: its OFF state is known only from a second forward pass"
-        )
-    if site.part not in KNOWN_AT_ONCE:
-        return (
-            f"the SAE was trained on δ at {site.part}, which is more than what attention adds: its "
-            "OFF state is known only from computing the layer a second time"
-        )
-    less = KNOWN_AT_ONCE[site.part]
-    return ForwardPlace(site, None if less is None else Site(site.layer, less))
-
-
-def images_of(items: Sequence[TokenizedExample]) -> Bool[np.ndarray, "prompts longest"]:
-    """Return which tokens of each prompt stand for an image."""
-    longest = max((len(item.ids) for item in items), default=0)
-    found = np.zeros((len(items), longest), dtype=bool)
-    for row, item in enumerate(items):
-        found[row, : len(item.ids)] = item.roles == ROLES.index("image")
-    return found
+    section = build_config(ContrastSection, {key: contrast[key] for key in ("method", "scope")})
+    if section.scope == "per_layer":
+        if site.part == "resid_pre":
+            return f"δ at {site} is zero: nothing there depends on the attention of its layer"
+        if section.method != "knockout" and site.part in KNOWN_AT_ONCE:
+            less = KNOWN_AT_ONCE[site.part]
+            return ForwardPlace(site, None if less is None else Site(site.layer, less))
+    return ForwardPlace(site, contrast=LiveContrast(site, section, tuple(layers)))
 
 
 def measure_token_fit(
@@ -131,6 +145,9 @@ def measure_token_fit(
 ) -> TokenFit:
     """Measure an SAE of a contrast on the δ of every text token that it will act on.
 
+    Where the OFF state is computed beside the pass, the first prompts are also read both ways: as
+    an extraction reads them, and as they are edited.
+
     Args:
         model: The model.
         sae: The SAE.
@@ -139,10 +156,12 @@ def measure_token_fit(
 
     Raises:
         InputError: If no prompt has a text token.
-        MismatchError: If the model has no such place.
+        MismatchError: If the model has no such place, or its δ cannot be known while it runs.
         NumericError: If a δ is NaN or infinite.
     """
     usable = [item for item in items if item.status == "ok"]
+    if place.contrast is not None and usable:
+        place.contrast.check(model, model.collate(usable[:CHECKED]))
     found = measure_fidelity(sae, _text_rows(model, place, usable))
     return TokenFit(found.fvu, found.l0_mean, found.n_rows, training_fvu(sae))
 
@@ -160,9 +179,13 @@ def _text_rows(
     model: ModelAdapter, place: ForwardPlace, items: Sequence[TokenizedExample]
 ) -> Iterator[Float[Tensor, "_ d_model"]]:
     sites = [place.site] if place.less is None else [place.less, place.site]
-    for members in plan_batches([len(item.ids) for item in items]):
+    lengths, patches = [len(item.ids) for item in items], [item.patches for item in items]
+    for members in plan_batches(lengths, patches=patches):
         batch = model.collate([items[i] for i in members])
         text = batch.mask & ~batch.special & ~batch.image
+        if place.contrast is not None:
+            yield place.contrast.read(model, batch, text)
+            continue
         found = model.capture(batch, sites, rows=text)
         delta = found[place.site].float()
         yield delta if place.less is None else delta - found[place.less].float()

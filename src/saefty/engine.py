@@ -20,15 +20,17 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field
 
+from saefty import matmul
 from saefty.config import Config
 from saefty.errors import ResourceError, SaeftyError
+from saefty.overlap import TwoSteps, overlapped
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,10 @@ class EngineSection(ThreadsSection):
     takes the next one. A run may be resumed with another number. Workers times threads should not
     exceed the cores."""
 
+    overlap: bool = True
+    """Write what was read while the next is read, where one process does both. Off, memory holds
+    one piece less."""
+
     max_failed: float = Field(default=0.01, ge=0, le=1)
     """Share of the examples that may fail in the forward pass (at least one may) before the run
     stops. Those that fail are left out, named and counted."""
@@ -87,7 +93,7 @@ def run_tasks(
     workers: int,
     threads: int | None,
     advance: Callable[[float], None],
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Do tasks in child processes; results come as they are ready.
 
     Args:
@@ -154,7 +160,9 @@ def share_out(
     narrow: Callable[[Task, Step, str], Task],
     workers: int,
     advance: Callable[[float], None],
-) -> Iterator[Any]:
+    *,
+    overlap: bool = False,
+) -> Generator[Any, None, None]:
     """Do tasks in this process, or in several if there are to be and there is enough to do.
 
     Args:
@@ -165,10 +173,13 @@ def share_out(
         narrow: As for `run_tasks`.
         workers: Most processes at once.
         advance: Told of the units done.
+        overlap: In this process, round a task off while the next is begun, where `work` can.
     """
     import torch
 
     if open_work is None or not shares(count, workers):
+        if overlap and isinstance(work, TwoSteps):
+            return overlapped(tasks, work, _Here(advance), give_memory_back)
         return _do_here(tasks, work, _Here(advance))
     workers = min(workers, count)
     return run_tasks(tasks, open_work, narrow, workers, torch.get_num_threads(), advance)
@@ -179,7 +190,7 @@ def shares(count: int, workers: int) -> bool:
     return min(workers, count) > 1
 
 
-def _do_here(tasks: Iterable[Task], work: Work, report: Report) -> Iterator[Any]:
+def _do_here(tasks: Iterable[Task], work: Work, report: Report) -> Generator[Any, None, None]:
     for task in tasks:
         yield work(task, report)
         give_memory_back()
@@ -208,7 +219,9 @@ class _Pool:
     """Worker processes, their sockets, and what each is doing."""
 
     def __init__(self, open_work: Callable[[], Any], workers: int, threads: int | None) -> None:
-        self._setup = (list(sys.path), threads, logging.getLogger("saefty").getEffectiveLevel())
+        level = logging.getLogger("saefty").getEffectiveLevel()
+        # Work without torch, which has no threads to be told, multiplies nothing either.
+        self._setup = (list(sys.path), threads, threads and matmul.chosen(), level)
         self._open_work = open_work
         self._passive = workers * (threads or 1) > (os.cpu_count() or 1)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -333,7 +346,7 @@ def serve(descriptor: int) -> None:
     """Do tasks that come through a socket until it closes; what a worker process runs."""
     connection = Connection(descriptor)
     try:
-        path, threads, level = connection.recv()
+        path, threads, way, level = connection.recv()
         sys.path[:] = path
         sender = _Sender(connection)
         logging.getLogger("saefty").handlers = [sender]
@@ -342,6 +355,7 @@ def serve(descriptor: int) -> None:
             import torch
 
             torch.set_num_threads(threads)
+            matmul.settle(way)
         try:
             work = connection.recv()()
             while True:

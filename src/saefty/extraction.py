@@ -6,7 +6,7 @@ from pathlib import Path
 
 from saefty.engine import EngineSection, Report
 from saefty.models.base import ModelAdapter, ModelSection, load_model
-from saefty.pieces import PieceReader, PieceTask
+from saefty.pieces import Piece, PieceReader, PieceTask
 from saefty.piecework import Record, count_masked, do_pieces
 from saefty.reading import PLAN, Reading, ReadingSection
 from saefty.records import Site
@@ -33,11 +33,18 @@ class Extraction:
 
 @dataclass(frozen=True)
 class _ExtractedPiece:
+    """Reads a piece, and commits it: which may go on beside the reading of the next."""
+
     reader: PieceReader
     writer: StoreWriter
 
     def __call__(self, task: PieceTask, report: Report) -> Record:
-        piece = self.reader.read(task, report)
+        return self.complete(self.begin(task, report))
+
+    def begin(self, task: PieceTask, report: Report) -> Piece:
+        return self.reader.read(task, report)
+
+    def complete(self, piece: Piece) -> Record:
         x = {site.layer: values for site, values in piece.activations.items()}
         return commit_activations(self.writer, piece.index, x, piece.rows, piece.counts())
 
@@ -77,7 +84,7 @@ def write_activations(
         "layers": [site.layer for site in sites],
         "sites": {str(site.layer): site.name for site in sites},
         "d_in": model.d_model,
-        "dtype": "float32" if section.in_float32 else str(model.dtype).removeprefix("torch."),
+        "dtype": str(section.rows_dtype(model.dtype)).removeprefix("torch."),
         "pooling": section.pooling.name,
         "model_name": model.name,
         "n_rows": sum(record["rows"] for record in ordered),

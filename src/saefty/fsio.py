@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ TEMP_PREFIX = ".tmp-"
 READ_BLOCK = 1 << 22
 SEAL = "content_xxh3_128"
 Block = bytes | memoryview
+_asking = threading.Lock()
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -277,8 +279,9 @@ def _flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _asking:  # two threads at once would leave the process without one
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

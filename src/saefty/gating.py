@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from saefty.judges.coverage import Coverage, coverage
 from saefty.log import progress
 from saefty.metrics.intervals import Bootstrap, Interval
 from saefty.models.base import Intervention, ModelAdapter, Positions
+from saefty.models.live_contrast import LiveContrast
 from saefty.records import Example, Site
 from saefty.saes.base import SparseAutoencoder
 
@@ -98,15 +98,15 @@ class Silencer:
         site: Where it is done: what the SAE reads must lie there.
         strength: How many times what they contribute is taken out.
         less: The SAE reads what lies at `site` less what lies here; None: what lies at `site`.
-        spared: Tokens of each prompt that are left as they are, such as those of an image; a token
-            behind the last column is not among them.
+        contrast: The SAE reads this δ at `site`, which is computed beside each pass; None: what
+            lies there.
     """
 
     sae: SparseAutoencoder
     site: Site
     strength: float = 1.0
     less: Site | None = None
-    spared: Bool[np.ndarray, "prompts longest"] | None = None
+    contrast: LiveContrast | None = None
 
     @classmethod
     def of(cls, sae: SparseAutoencoder, strength: float = 1.0) -> "Silencer":
@@ -125,9 +125,12 @@ class Silencer:
     def acting(self, model: ModelAdapter, latents: Sequence[int]) -> Iterator[None]:
         """Silence some latents in every forward pass within the context."""
         edit = subtract(self.sae, latents, self.strength)
-        if self.spared is not None:
-            edit = _sparing(edit, self.spared)
         with ExitStack() as held:
+            if self.contrast is not None:
+                if latents:  # otherwise the model is left as it is
+                    held.enter_context(self.contrast.edited(model, edit))
+                yield
+                return
             if self.less is not None:
                 edit, remember = _of_difference(edit)
                 held.enter_context(model.intervene(self.less, remember))
@@ -155,21 +158,6 @@ def _of_difference(edit: Intervention) -> tuple[Intervention, Intervention]:
         return x.float() + (edit(difference, positions) - difference)
 
     return changed, remember
-
-
-def _sparing(edit: Intervention, spared: Bool[np.ndarray, "prompts longest"]) -> Intervention:
-    """Return the intervention without its effect on some tokens of the prompts."""
-    # One column more, for every token behind a prompt: none of those is spared.
-    table = torch.from_numpy(np.pad(spared, ((0, 0), (0, 1))))
-
-    def intervention(
-        x: Float[Tensor, "batch seq d_model"], positions: Positions
-    ) -> Float[Tensor, "batch seq d_model"]:
-        column = positions.index.cpu().clamp(max=table.shape[1] - 1)
-        kept = table[positions.examples.cpu()[:, None], column].to(x.device)
-        return torch.where(kept[..., None], x, edit(x, positions))
-
-    return intervention
 
 
 def match_controls(

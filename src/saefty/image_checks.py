@@ -1,5 +1,6 @@
 """Whether a model can be given a dataset's images, whether they are the same, how many are bad."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from math import ceil
 from typing import Any
@@ -9,6 +10,8 @@ from saefty.images import digest_or_none
 from saefty.models.base import OF_TEXT, ModelAdapter
 from saefty.reading_settings import ReadingSection
 from saefty.records import Example
+
+log = logging.getLogger(__name__)
 
 SHOWN = 3
 ROUNDING = 1e-9  # 0.29 * 100 is less than 29
@@ -62,6 +65,28 @@ def check_same_images(records: Iterable[Mapping[str, Any]]) -> None:
             f"{shown}{more}.",
             then="Put the files back where they were, or extract again.",
         )
+
+
+def tell_of_texts(texts: int, examples: int, section: ReadingSection) -> None:
+    """Warn where δ of texts stands beside δ of images with texts, which is another thing.
+
+    Contrasts of an image alone leave texts out.
+
+    Args:
+        texts: Examples without an image that are read.
+        examples: All that are read.
+        section: How they are read.
+    """
+    if section.contrast.method != "zero_attention" or not 0 < texts < examples:
+        return
+    behind = ", a mean over all their text instead of that behind an image"
+    log.warning(
+        "%d of %d examples have no image: their δ of zero_attention is what their words give each "
+        "other%s. Leave these rows out, or read the image's share (%s.contrast.method=knockout or "
+        "cross_attention), of which they have none: then they are left out and counted as no_image",
+        texts, examples, behind if section.pooling.name == "text_only_mean" else "",
+        section.SECTION,
+    )  # fmt: skip
 
 
 def check_bad_images(bad: Mapping[str, str], images: int, section: ReadingSection) -> None:

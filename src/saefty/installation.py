@@ -5,6 +5,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from saefty import matmul
+
 RECORDED_PACKAGES = ("saefty", "torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
@@ -26,6 +28,7 @@ def circumstances() -> dict[str, Any]:
         "versions": package_versions(),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **matmul.record(),
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saefty.errors import NumericError
 from saefty.kernels.base import AdamStep, LatentGradients, SparseKernels, choose_kernels
+from saefty.kernels.rough import in_bfloat16
 from saefty.saes.base import SaeConfig
 from saefty.saes.gradients import training_step
 from saefty.training_settings import OptimizerSection
@@ -56,6 +57,7 @@ class Trainee:
         dead_after: Rows without firing after which a latent counts as dead.
         device: Where to train.
         kernels: The class of the kernels that carry out the arithmetic; None takes the fastest.
+        rough: Whether the encoder's product is done in bfloat16, where these kernels can.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Trainee:
         dead_after: int,
         device: torch.device | str = "cpu",
         kernels: str | None = None,
+        rough: bool = False,
     ) -> None:
         self.sae = config.build().to(device)
-        self.kernels: SparseKernels = choose_kernels(device, kernels)
+        exact = choose_kernels(device, kernels)
+        self.kernels: SparseKernels = (in_bfloat16(exact) if rough else None) or exact
         self.section = optimizer
         self.grad_clip = grad_clip
         self.n_steps = n_steps
@@ -145,12 +149,12 @@ class Trainee:
         clip = math.inf if self.grad_clip is None else self.grad_clip
         self._move(result.gradients, rate, clip / norm if norm > clip else 1.0)
         self.since_fired += len(x)
-        self.since_fired[result.code.indices] = 0
+        self.since_fired[result.fired] = 0
         self.sae.observe(result.code)
         return {
             "loss": loss,
             "squared_error": float(result.squared_error),
-            "l0": len(result.code.values) / len(x),
+            "l0": result.n_fired / len(x),
             "dead_share": len(dead) / self.sae.d_sae,
             "lr": rate,
             "grad_norm": norm,

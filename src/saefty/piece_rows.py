@@ -37,16 +37,23 @@ class PieceRows:
                 end + (1 if pooled else int(kept_tokens(items[i], section).sum())),
             )
             self._places[i] = slice(begin, end)
-        dtype = torch.float32 if section.in_float32 else model.dtype
+        dtype = section.rows_dtype(model.dtype)
         self._x = {site: torch.empty(end, model.d_model, dtype=dtype) for site in sites}
         self._finite = {site: np.zeros(end, dtype=bool) for site in sites}
+        self.beyond = 0.0
+        """The largest value that is finite, but not in the rows' number format; 0 if all are."""
 
     def put(self, i: int, table: RowTable, x: Mapping[Site, Float[Tensor, "rows d_model"]]) -> None:
         """Enter one example."""
         for site, values in x.items():
-            self._x[site][self._places[i]] = values
+            kept = self._x[site][self._places[i]]
+            kept.copy_(values)
             # Here, because over the whole piece it would need as much memory again.
-            self._finite[site][self._places[i]] = torch.isfinite(values).all(dim=1).numpy()
+            finite = finite_rows(kept)
+            self._finite[site][self._places[i]] = finite
+            if not finite.all():
+                lost = values[torch.isfinite(values) & ~torch.isfinite(kept)].abs()
+                self.beyond = max(self.beyond, float(lost.max()) if len(lost) else 0.0)
         self.tables[i] = table
 
     def in_order(
@@ -69,6 +76,15 @@ class PieceRows:
             x = {site: values[torch.from_numpy(chosen)] for site, values in x.items()}
             finite = {site: ok[chosen] for site, ok in finite.items()}
         return rows, x, finite
+
+
+def finite_rows(x: Float[Tensor, "rows d_model"]) -> Bool[np.ndarray, "rows"]:
+    """Return which rows hold neither NaN nor infinity."""
+    # Both survive a sum, which takes a tenth of the time; a sum may overflow by itself, too.
+    finite = torch.isfinite(x.sum(dim=1))
+    if not finite.all():
+        finite[~finite] = torch.isfinite(x[~finite]).all(dim=1)
+    return finite.numpy()
 
 
 def row_table(

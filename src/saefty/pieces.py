@@ -26,8 +26,10 @@ from saefty.errors import (
     ResourceError,
     SaeftyError,
 )
+from saefty.matmul import products
 from saefty.models.base import ModelAdapter, TokenBatch, TokenizedExample
-from saefty.models.contrast import capture_contrast, check_contrast
+from saefty.models.contrast import capture_contrast
+from saefty.models.contrast_check import check_contrast
 from saefty.models.selfcheck import check_unlisted
 from saefty.piece_rows import PieceRows, row_table
 from saefty.reading import Reading, ReadingSection, computed_part, kept_tokens
@@ -169,7 +171,8 @@ class PieceReader:
         first = reading.plan.pieces[0][0][:CHECKED_EXAMPLES]
         items = reading.items(first)
         try:
-            self._check_contrast([self._computed(items[i]) for i in first])
+            with products():
+                self._check_contrast([self._computed(items[i]) for i in first])
         except SaeftyError:
             raise
         except Exception as error:  # noqa: BLE001 - reading the first batch meets it again
@@ -179,7 +182,7 @@ class PieceReader:
         if self._contrast is None or self._contrast_checked:
             return
         few = self._model.collate(members[:CHECKED_EXAMPLES], side="right")
-        check_contrast(self._model, few, self._sites, self._contrast)
+        check_contrast(self._model, few, self._sites, self._contrast, self._section.SECTION)
         self._contrast_checked = True
 
     def _after(
@@ -228,7 +231,8 @@ class PieceReader:
         rows = torch.zeros_like(tokens.mask)
         for place, chosen in enumerate(kept):
             rows[place, : len(chosen)] = torch.from_numpy(chosen).to(rows.device)
-        captured = self._captured(members, tokens, rows)
+        with products():
+            captured = self._captured(members, tokens, rows)
         counts = [int(chosen.sum()) for chosen in kept]
         split = {site: x.cpu().split(counts) for site, x in captured.items()}
         for place, i in enumerate(batch):
@@ -245,9 +249,18 @@ class PieceReader:
     ) -> dict[Site, Tensor]:
         """Return activations or, checked in the first batch, contrasts of chosen tokens."""
         if self._contrast is None:
+            batch = replace(batch, reads_padding=not self._is_causal())
             return self._model.capture(batch, self._sites, rows=rows)
         self._check_contrast(members)
-        return capture_contrast(self._model, batch, self._sites, rows, self._contrast)
+        name = self._section.SECTION
+        return capture_contrast(self._model, batch, self._sites, rows, self._contrast, name)
+
+    def _is_causal(self) -> bool:
+        """Return whether the model is causal; where that cannot be tried, the reading says why."""
+        try:
+            return self._model.causal
+        except MismatchError:
+            return False
 
     def _refuse_zeros(self, piece: Piece) -> None:
         """Refuse a contrast of which nothing is left in the tokens that are kept; warn of a share.
@@ -301,6 +314,16 @@ class PieceReader:
             bad = sorted({int(i) for i in rows["example"][~good]})
             shown = ", ".join(task.items[i].example.id for i in bad[:SHOWN_IDS])
             where = by_layer(masked)
+            if self._section.nonfinite == "stop" and parts.beyond:
+                name = self._section.SECTION
+                kind = torch.finfo(self._section.rows_dtype(self._model.dtype))
+                raise NumericError(
+                    f"activations of up to {parts.beyond:,.0f} do not fit into {kind.dtype}, which "
+                    f"ends at {kind.max:,.0f} ({where}), first in examples {shown}.",
+                    safe="The pieces before this one are committed.",
+                    then=f"With run.dir on a new folder, set {name}.dtype=bfloat16 or float32, or "
+                    f"{name}.nonfinite=mask to drop such rows and count them.",
+                )
             if self._section.nonfinite == "stop":
                 raise NumericError(
                     f"activations are NaN or infinite ({where}), first in examples {shown}.",

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from saefty.engine import EngineSection, Step, Work, share_out, shares
@@ -63,10 +64,16 @@ def do_pieces(
     if open_work is not None and shares(len(waiting), engine.workers) and release is not None:
         release()
     known = len(failed)
-    with progress("reading", sum(n_tokens), "tokens", done=before) as bar:
-        for record in share_out(
-            tasks, len(waiting), work, open_work, _narrow, engine.workers, bar.advance
-        ):
+    with (
+        progress("reading", sum(n_tokens), "tokens", done=before) as bar,
+        closing(
+            share_out(
+                tasks, len(waiting), work, open_work, _narrow, engine.workers, bar.advance,
+                overlap=engine.overlap,
+            )
+        ) as done,
+    ):  # fmt: skip
+        for record in done:
             records[int(record["piece"])] = record
             failed |= enter_failed(reading, [record])
             check_failed(failed, allowed)

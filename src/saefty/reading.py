@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 
 from saefty import fsio
 from saefty.errors import InputError
-from saefty.image_checks import MEND_TEXT, check_bad_images, check_reads_images
+from saefty.image_checks import MEND_TEXT, check_bad_images, check_reads_images, tell_of_texts
 from saefty.images import digest_or_none
 from saefty.models.base import OF_TEXT, ModelAdapter, TokenizedExample
 from saefty.models.batching import plan_batches
@@ -153,6 +153,7 @@ def prepare(
     pooled = section.pooling.name != "none"
     spans = np.zeros((len(chosen), 2), dtype=np.int32) if pooled else None
     computed = np.zeros(len(chosen), dtype=np.int32)
+    patches = np.zeros(len(chosen), dtype=np.int32)
     straddles = np.zeros(len(chosen), dtype=bool)
     truncated = np.zeros(len(chosen), dtype=bool)
     texts: list[str] = []
@@ -160,7 +161,7 @@ def prepare(
     statuses: list[str] = []
     reasons: dict[int, str] = {}
     bad_images: dict[str, str] = {}
-    images = 0
+    images, of_text = 0, 0
     for start in range(0, len(chosen), TOKENISED_AT_ONCE):
         part = list(chosen[start : start + TOKENISED_AT_ONCE])
         check_reads_images(model, part)
@@ -172,11 +173,13 @@ def prepare(
             if spans is not None and len(places):
                 spans[i] = places[0], places[-1] + 1
             computed[i] = len(computed_part(item, section, model).ids)
+            patches[i] = item.patches
             straddles[i], truncated[i] = item.straddles, item.truncated
             if not lazy:
                 texts.append(item.text)
             response_starts.append(item.response_start)
             statuses.append(_status(item, bool(kept[i]), section))
+            of_text += statuses[i] == "ok" and item.example.image is None
             if item.reason is not None:
                 reasons[i] = item.reason
             elif statuses[i] == "no_tokens" and _image_is_last(item, section):
@@ -195,8 +198,9 @@ def prepare(
         )
     if ledger.skipped and tell:
         log.warning("%d of %d examples are left out: %s", counts.total(), len(chosen), ledger)
+    tell_of_texts(of_text, ledger.ok, section)
     usable = [i for i, status in enumerate(statuses) if status == "ok"]
-    plan = _plan(lengths, computed, usable, kept, section, model.d_model, n_sites)
+    plan = _plan(lengths, computed, patches, usable, kept, section, model.d_model, n_sites)
     return Reading(
         chosen,
         None if lazy else texts,
@@ -362,6 +366,7 @@ def _how_to_read_more(
 def _plan(
     lengths: Int[np.ndarray, "examples"],
     computed: Int[np.ndarray, "examples"],
+    patches: Int[np.ndarray, "examples"],
     usable: Sequence[int],
     kept: Int[np.ndarray, "examples"],
     section: ReadingSection,
@@ -383,7 +388,11 @@ def _plan(
     pieces = []
     for start, end in piece_ranges(sizes, limit):
         members = usable[start:end]
-        of_members = [int(computed[i]) for i in members]
-        batches = plan_batches(of_members, section.token_budget, window=len(members))
+        batches = plan_batches(
+            [int(computed[i]) for i in members],
+            section.token_budget,
+            window=len(members),
+            patches=[int(patches[i]) for i in members],
+        )
         pieces.append(tuple(tuple(members[i] for i in batch) for batch in batches))
     return Plan(tuple(pieces))

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from saefty.config import Config
@@ -85,7 +86,8 @@ class ReadingSection(Config):
     layers and count it for each layer."""
 
     token_budget: int = Field(default=DEFAULT_TOKEN_BUDGET, gt=0)
-    """Tokens in one forward pass, padding counted."""
+    """Tokens in one forward pass, padding counted; and patches of images, all tiles of each
+    counted, which may be many more than the image has tokens."""
 
     save: SaveSection = SaveSection()
     """How the store is cut into files."""
@@ -94,6 +96,10 @@ class ReadingSection(Config):
     def in_float32(self) -> bool:
         """Whether rows are float32 whatever the model computes in: means and differences are."""
         return self.pooling.name != "none" or self.contrast.method != "none"
+
+    def rows_dtype(self, computed: torch.dtype) -> torch.dtype:
+        """Return the number format of rows, of a model that computes in another one."""
+        return torch.float32 if self.in_float32 else computed
 
     @field_validator("hook_point", mode="before")
     @classmethod

@@ -6,7 +6,7 @@ writes can be read beside each other.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from saefty.delta_gating import (
     ForwardPlace,
     TokenFit,
     forward_place,
-    images_of,
     measure_token_fit,
 )
 from saefty.errors import MismatchError
@@ -60,6 +59,7 @@ class GateResult:
         strength: How many times what the latents contribute was taken out.
         site: Where that was done, by its TransformerLens name.
         token_fit: Of an SAE that was trained on a contrast: how well it fits single tokens.
+        reads: Of such an SAE: what δ is there, in words.
     """
 
     points: tuple[GatePoint, ...]
@@ -70,6 +70,7 @@ class GateResult:
     strength: float = 1.0
     site: str = ""
     token_fit: TokenFit | None = None
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Silencing:
         stored, no_stored = self._stored(key, sae, evaluation, activations, targets, controls)
         gating, no_gating = None, ""
         if cfg.forward:
-            gating, no_gating = self._forward(key, sae, evaluation, targets, controls)
+            together = self.features.layers if activations is None else activations.layers
+            gating, no_gating = self._forward(key, sae, evaluation, targets, controls, together)
         for what, reason in (("stored activations", no_stored), ("the forward pass", no_gating)):
             if reason:
                 log.warning("layer %s: nothing was silenced in %s: %s", key, what, reason)
@@ -198,10 +200,11 @@ class Silencing:
         evaluation: LatentEvaluation,
         targets: Sequence[int],
         controls: Sequence[int],
+        together: Sequence[int],
     ) -> tuple[GateResult | None, str]:
         cfg, data = self.intervention, self.data
         contrast = contrast_of(self.features, sae)
-        place = forward_place(sae.site or self.features.site(key), contrast)
+        place = forward_place(sae.site or self.features.site(key), contrast, together)
         if isinstance(place, str):
             return None, place
         assert self.model is not None  # loaded wherever a layer can be silenced in it
@@ -210,9 +213,8 @@ class Silencing:
         asked = [self.records[data.rows[i]] for i in chosen]
         check_same_images(asked)
         prompts = [example_from(record) for record in asked]
-        silencer, fit = Silencer(sae, place.site, cfg.strength, place.less), None
-        if contrast is not None:
-            silencer, fit = self._on_tokens(key, silencer, place, prompts)
+        silencer = Silencer(sae, place.site, cfg.strength, place.less, place.contrast)
+        fit = None if contrast is None else self._fit_to_tokens(key, sae, place, prompts)
         replies = reply_under(
             self.model,
             silencer,
@@ -236,23 +238,23 @@ class Silencing:
         behaviour = "refusal" if "refusal" in cfg.judge else cfg.judge
         return GateResult(
             tuple(points), tuple(targets), tuple(controls), behaviour, cfg.fluency, cfg.strength,
-            place.site.name, fit,
+            place.site.name, fit, "" if contrast is None else place.reads,
         ), ""  # fmt: skip
 
-    def _on_tokens(
-        self, key: Key, silencer: Silencer, place: ForwardPlace, prompts: Sequence[Example]
-    ) -> tuple[Silencer, TokenFit]:
-        """Return the silencer of an SAE of a contrast, which spares images, and how well it fits.
+    def _fit_to_tokens(
+        self, key: Key, sae: SparseAutoencoder, place: ForwardPlace, prompts: Sequence[Example]
+    ) -> TokenFit:
+        """Return how well an SAE of a contrast fits the tokens of prompts; warn if it does not.
 
         Raises:
             MismatchError: If the model has no such place.
         """
         assert self.model is not None  # asked before
         items = self.model.tokenize([with_response(prompt, None) for prompt in prompts])
-        fit = measure_token_fit(self.model, silencer.sae, place, items)
+        fit = measure_token_fit(self.model, sae, place, items)
         if fit.far:
             log.warning("layer %s: %s", key, far_from_training(fit))
-        return replace(silencer, spared=images_of(items)), fit
+        return fit
 
     def _check_width(self, key: Key, sae: SparseAutoencoder, model: ModelAdapter) -> None:
         if sae.d_in != model.d_model:
@@ -281,7 +283,7 @@ def can_act(source: FeatureStore | ActivationStore, layers: Sequence[int] | None
     """Return whether latents of some layer can be silenced in the forward pass."""
     contrast = contrast_of(source)
     return any(
-        isinstance(forward_place(source.site(layer), contrast), ForwardPlace)
+        isinstance(forward_place(source.site(layer), contrast, source.layers), ForwardPlace)
         for layer in layers or source.layers
     )
 

@@ -225,10 +225,10 @@ def _where(gating: GateResult) -> str:
     fvu = "not known, as they do not vary" if fit.fvu is None else f"{fit.fvu:.3f}"
     before = "not known" if fit.training_fvu is None else f"{fit.training_fvu:.3f}"
     return (
-        " The SAE was trained on δ; it is applied to the δ of each text token, which is what "
-        f"attention adds, at `{gating.site}`; tokens of an image and special ones are left alone. "
-        f"Of the δ of these {fit.tokens:,} tokens it leaves a share of the variance unexplained of "
-        f"{fvu} (in training: {before})."
+        f" The SAE was trained on δ; it is applied to the δ of each text token, {gating.reads}, at "
+        f"`{gating.site}`; tokens of an image and special ones are left alone. Of the δ of these "
+        f"{fit.tokens:,} tokens it leaves a share of the variance unexplained of {fvu} (in "
+        f"training: {before})."
     )
 
 

@@ -12,6 +12,7 @@ from saefty.checkpoints import KEPT
 from saefty.reading import Reading, ReadingSection
 from saefty.saes.base import SaeConfig
 from saefty.stores.activations import ROW_COLUMNS
+from saefty.stores.index import ENTRIES_AT_ONCE, ENTRY
 
 ROW_BYTES = sum(np.dtype(kind).itemsize for kind in ROW_COLUMNS.values())
 CODE_BYTES = 4 + 4  # a latent's number and its value, by token
@@ -38,13 +39,16 @@ def activation_bytes(rows: int, d_in: int, n_layers: int, item_bytes: int) -> in
 
 
 def feature_bytes(rows: int, fired: Sequence[float]) -> int:
-    """Return the size of a store of features, its index included.
+    """Return the size of a store of features, its index included and how that is made.
 
     Args:
         rows: Tokens.
         fired: For each layer how many latents fire on a token, on average.
     """
-    return round(rows * (ROW_BYTES + sum(8 + n * (CODE_BYTES + INDEX_BYTES) for n in fired)))
+    entries = rows * max(fired, default=0.0)  # the layers are turned round one after another
+    aside = entries * ENTRY.itemsize if entries > ENTRIES_AT_ONCE else 0
+    stored = ROW_BYTES + sum(8 + n * (CODE_BYTES + INDEX_BYTES) for n in fired)
+    return round(rows * stored + aside)
 
 
 def training_bytes(configs: Sequence[SaeConfig], n_layers: int) -> int:

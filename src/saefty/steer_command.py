@@ -1,6 +1,7 @@
 """`saefty steer`: replies under a vector beside plain ones, and sweeps over strengths."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,7 @@ def generate(
 
     def job() -> None:
         from saefty.config import build_config
+        from saefty.errors import ConfigError
         from saefty.stages.steer_generate import GenerateConfig, check_file, keep, replies, shown
 
         settings: dict[str, Any] = {
@@ -132,6 +134,12 @@ def generate(
             "dtype": dtype,
             "device": device,
         }
+        wrong = [one for one in alpha or () if not math.isfinite(one)]
+        if wrong:
+            raise ConfigError(
+                f"--alpha is {wrong[0]}, and no vector can be added {wrong[0]} times.",
+                then="Give a number: with --unit residual, 0.3 to 1 is usual.",
+            )
         check_file(out)
         with told_by_flags(GenerateConfig, "steer"):
             found = replies(build_config(GenerateConfig, settings))

@@ -1,5 +1,6 @@
 """What steering needs before it begins: a vector, at a place of a model, with lengths for alpha."""
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +10,13 @@ from saefty import fsio
 from saefty.errors import ConfigError, MismatchError
 from saefty.interventions.steer import Unit, step_of
 from saefty.interventions.vectors import SteeringVector, load_vector
+from saefty.judges.base import JUDGES
 from saefty.models.base import ModelAdapter, ModelSection
 from saefty.pairing import hub_name, model_relation
 from saefty.records import PARTS, Example, Site
 from saefty.sae_ts.scale import residual_norm
 from saefty.saes.base import SparseAutoencoder
-from saefty.steering_settings import VectorSection
+from saefty.steering_settings import JudgedSection, VectorSection
 from saefty.steering_vectors import check_sae, decoder_vector, latent_maximum, open_sae
 
 log = logging.getLogger(__name__)
@@ -195,3 +197,26 @@ def _part(section: VectorSection, own: Site | None) -> str:
     if part not in PARTS:
         raise ConfigError(f"steer.hook_point is one of {', '.join(PARTS)}, not {part!r}.")
     return part
+
+
+def tell_requests(section: JudgedSection, prompts: int, doses: int, longest: int) -> None:
+    """Say what judges at an endpoint will be asked, before hours of replies and not after.
+
+    Args:
+        section: Which judges.
+        prompts: How many are replied to.
+        doses: How often each is, that without steering among them.
+        longest: Tokens of the longest reply.
+    """
+    paid = [
+        judge
+        for judge in (section.judge, section.fluency)
+        if "max_requests" in inspect.signature(JUDGES[judge]).parameters
+    ]
+    if paid:
+        log.info(
+            "%s will be asked at most %s times (%d prompts, %d times each%s), about replies of up "
+            "to %d tokens; max_requests and max_usd of judge_options are limits",
+            " and ".join(dict.fromkeys(paid)), f"{len(paid) * prompts * doses:,}", prompts, doses,
+            ", by two criteria" if len(paid) > 1 else "", longest,
+        )  # fmt: skip

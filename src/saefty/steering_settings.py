@@ -1,6 +1,6 @@
 """What a person sets about steering: with which vector, how strongly and where, on which scale."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,6 +11,11 @@ from saefty.config import Config
 from saefty.errors import ConfigError
 from saefty.interventions.base import Where, require_where
 from saefty.interventions.steer import Unit
+
+MOST_ALPHAS = 1000
+"""Most strengths of a sweep."""
+LONGEST_NAME = 48
+"""Characters of what a behaviour is called where the judge's settings say it."""
 
 
 def _checked(where: Where) -> Where:
@@ -103,7 +108,7 @@ class JudgedSection(Config):
     """Settings of the judge of fluency."""
 
     behaviour_name: str | None = None
-    """What the behaviour is called in tables and pictures; None takes the judge's name."""
+    """What the behaviour is called in tables and pictures; None says what the judge looks for."""
 
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the likeliest token; above, each prompt draws from a stream of its own, the same one
@@ -115,7 +120,7 @@ class JudgedSection(Config):
     @property
     def behaviour(self) -> str:
         """What the behaviour is called."""
-        return self.behaviour_name or self.judge
+        return self.behaviour_name or _looked_for(self.judge, self.judge_options)
 
 
 class SweepSection(JudgedSection, VectorSection):
@@ -154,11 +159,27 @@ class SweepSection(JudgedSection, VectorSection):
     alpha's replies for that alpha to be named the best."""
 
 
+def _looked_for(judge: str, options: Mapping[str, Any]) -> str:
+    """Return in words what a judge looks for in a reply."""
+    asked = options.get("criterion", options.get("pattern", options.get("target")))
+    words = {
+        "openai": f"“{asked}”",
+        "regex": f"a match of {asked}",
+        "language": f"sentences in {asked}",
+        "lexicon": "share of listed words",
+        "refusal": "refusal",
+        "guard": "what the guard detects",
+        "sandbox_refusal": "refusal",
+    }
+    told = words.get(judge, f"what {judge} looks for")
+    return told if len(told) <= LONGEST_NAME else told[: LONGEST_NAME - 1] + "…"
+
+
 def alpha_grid(section: SweepSection) -> tuple[float, ...]:
     """Return the alphas of a sweep in ascending order: the grid, the anchors and 0, each once.
 
     Raises:
-        ConfigError: If the grid has no spread.
+        ConfigError: If the grid has no spread, or more alphas than anyone looks at.
     """
     if section.alphas is None:
         ends = (section.alpha_from, section.alpha_to)
@@ -169,8 +190,10 @@ def alpha_grid(section: SweepSection) -> tuple[float, ...]:
                 then="Set steer.alpha_from and steer.alpha_to to different numbers and "
                 "steer.alpha_count to 2 or more, or name the alphas: steer.alphas=[60,120].",
             )
+        _check_count(section.alpha_count)
         grid: Sequence[float] = np.linspace(*ends, section.alpha_count).tolist()
     else:
+        _check_count(len(section.alphas))
         grid = section.alphas
     found = sorted({float(alpha) + 0.0 for alpha in (*grid, *section.anchors, 0.0)})
     if len(found) < 2:
@@ -180,3 +203,13 @@ def alpha_grid(section: SweepSection) -> tuple[float, ...]:
             then="Set steer.alphas to at least one number that is not 0.",
         )
     return tuple(found)
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_ALPHAS:
+        raise ConfigError(
+            f"the grid has {count:,} alphas; at most {MOST_ALPHAS:,} are swept, for every prompt "
+            "is replied to at each of them.",
+            then="Set steer.alpha_count lower: 20 is usual. A second sweep can look closer at a "
+            "part of the range.",
+        )

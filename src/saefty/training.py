@@ -86,7 +86,7 @@ def train_saes(
         folders = [Path(folder) / _name(layer, config, configs) for config in configs]
         state = Path(folder) / CHECKPOINTS / f"layer_{layer}"
         if not all((path / METRICS).is_file() for path in folders):
-            backend = Backend.choose(Path(folder), train.device, threads)
+            backend = Backend.choose(Path(folder), train.device, threads, train.precision)
             with backend.in_use():
                 Pass(
                     source, layer, sae, train, optimizer, split, folders, state, backend,

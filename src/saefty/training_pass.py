@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefty import fsio
-from saefty.backends import Backend
+from saefty.backends import BFLOAT16, Backend
 from saefty.checkpoints import (
     Checkpoint,
     best_weights,
@@ -106,6 +106,7 @@ class Pass:
                     dead_after=max(1, dead_rows),
                     device=self.device,
                     kernels=backend.kernels,
+                    rough=backend.precision == BFLOAT16,
                 ),
                 config,
                 path,

@@ -1,6 +1,7 @@
 """What a person sets about training: its length, and how weights move."""
 
 import math
+from typing import Literal
 
 from pydantic import Field
 
@@ -23,6 +24,9 @@ class TrainSection(Config):
 
     batch_size: int = Field(default=4096, gt=0)
     """Rows in a batch; at most the rows there are."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """How the encoder multiplies to propose latents; all else is float32, the weights too."""
 
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Largest global norm of a gradient; None leaves gradients as they are."""

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
+from sklearn.utils.extmath import randomized_svd
 
-from saefty.code_pca import project_codes
+from saefty import code_pca
+from saefty.code_pca import ROUGH, project_codes
 from saefty.token_sample import TokenSample
 
 FORMS = ("raw", "centred", "standardised")
@@ -92,6 +94,46 @@ def test_codes_without_two_directions_leave_the_others_at_zero(z):
         projection = found.forms[form]
         assert projection.scores.shape == (len(z), 2)
         np.testing.assert_allclose(np.linalg.norm(projection.scores, axis=0), s, atol=1e-9)
+
+
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_components_of_equal_length_are_all_found(times):
+    z = np.kron(np.eye(times), codes(tokens=60, width=30)[:, 2:])
+    found = project_codes(TokenSample((csr_array(z),), z.shape[1]))
+    for form in FORMS:
+        a = form_of(z, form)
+        s = np.linalg.svd(a, compute_uv=False)
+        ours = found.forms[form]
+        np.testing.assert_allclose(np.linalg.norm(ours.scores, axis=0), s[:2], rtol=1e-6)
+        np.testing.assert_allclose(ours.components @ ours.components.T, np.eye(2), atol=1e-9)
+        if times < 5:
+            assert ours.stands_out == (s[0] ** 2 >= 1.1 * s[2] ** 2, s[1] ** 2 >= 1.1 * s[2] ** 2)
+
+
+def test_as_many_equal_directions_as_there_are_tokens_do_not_stand_out():
+    found = project_codes(TokenSample((csr_array(np.eye(7)),), 7))
+    assert not any(any(projection.stands_out) for projection in found.forms.values())
+
+
+def test_codes_that_are_not_held_in_double_precision_give_the_same(monkeypatch):
+    held = project_codes(CASES["sparse"])
+    monkeypatch.setattr(code_pca, "HELD_VALUES", 0)
+    read = project_codes(CASES["sparse"])
+    for form in FORMS:
+        np.testing.assert_allclose(read.forms[form].scores, held.forms[form].scores, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_sparse_codes_without_structure_more_variance_is_found_than_by_scikit_learn(form):
+    rng = np.random.default_rng(3)
+    z = rng.exponential(size=(900, 1200)) * (rng.random((900, 1200)) < 0.02)
+    ours = project_codes(TokenSample((csr_array(z),), 1200)).forms[form]
+    a = form_of(z, form)
+    s = np.linalg.svd(a, compute_uv=False)[:2]
+    _, theirs, _ = randomized_svd(a, 2, random_state=0)
+    found = np.linalg.norm(ours.scores, axis=0)
+    assert (found >= s * (1 - ROUGH / 2)).all()
+    assert (found**2).sum() >= (theirs**2).sum()
 
 
 def test_codes_in_which_no_direction_stands_out_say_so():

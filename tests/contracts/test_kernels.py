@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernel_sets import few, interpreted, kernels_or_skip
 from saefty.kernels.base import KERNELS, AdamStep, LatentGradients, SparseCode
-from saefty.kernels.compiled import library
 
 D_IN, D_SAE, K = 6, 20, 4
 REFERENCE = KERNELS["reference"]()
@@ -54,14 +54,13 @@ KINDS = ["random", "tied", "all equal", "few positive", "none positive", "one ro
 
 @pytest.fixture(params=list(KERNELS))
 def kernels(request):
-    if request.param == "cpu" and library().functions is None:
-        pytest.skip(library().reason)
-    return KERNELS[request.param]()
+    return kernels_or_skip(request.param)
 
 
 @pytest.fixture(params=KINDS)
-def data(request):
-    return inputs(request.param)
+def data(request, kernels):
+    x, W_enc, b_enc = inputs(request.param)
+    return few(kernels, x), W_enc, b_enc
 
 
 def assert_same_code(got, wanted):
@@ -164,10 +163,10 @@ def test_gradients_equal_autograd_on_the_dense_formula(kernels, data):
         )
 
 
-def float32_inputs(kind):
+def float32_inputs(kind, kernels):
     """Enough latents for work in groups; small integers, of which float32 makes no error."""
-    d_sae = 1024
-    x, W = integers(300, D_IN), integers(D_IN, d_sae, seed=1)
+    d_sae = 160 if interpreted(kernels) else 1024
+    x, W = few(kernels, integers(300, D_IN)), integers(D_IN, d_sae, seed=1)
     b = integers(d_sae, seed=2)
     if kind == "all equal":
         x, W, b = torch.ones_like(x), torch.ones_like(W), torch.zeros_like(b)
@@ -179,26 +178,26 @@ def float32_inputs(kind):
 @pytest.mark.parametrize("kind", ["random", "all equal", "few positive"])
 @pytest.mark.parametrize("k", [1, 7, 32, 1024])
 def test_in_float32_too_a_selection_equals_the_oracle_on_ties_and_gaps(kernels, kind, k):
-    x, W_enc, b_enc = float32_inputs(kind)
+    x, W_enc, b_enc = float32_inputs(kind, kernels)
     assert_same_code(kernels.topk(x, W_enc, b_enc, k), REFERENCE.topk(x, W_enc, b_enc, k))
 
 
 def test_a_nan_ranks_first_in_its_row_and_no_other_row_notices(kernels):
-    x, W_enc, b_enc = float32_inputs("random")
+    x, W_enc, b_enc = float32_inputs("random", kernels)
     wanted = kernels.topk(x, W_enc, b_enc, 5)
     x[7] = float("nan")
     got = kernels.topk(x, W_enc, b_enc, 5)
     others = [row for row in range(len(x)) if row != 7]
-    torch.testing.assert_close(got.dense(1024)[others], wanted.dense(1024)[others])
+    torch.testing.assert_close(got.dense(len(b_enc))[others], wanted.dense(len(b_enc))[others])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_errors_and_gradients_of_latents_equal_those_of_numpy(kernels, dtype):
-    x, W_enc, b_enc = (part.to(dtype) for part in float32_inputs("random"))
-    W_dec, b_dec = integers(1024, D_IN, seed=3).to(dtype), integers(D_IN, seed=4).to(dtype)
+    x, W_enc, b_enc = (part.to(dtype) for part in float32_inputs("random", kernels))
+    W_dec, b_dec = integers(len(b_enc), D_IN, seed=3).to(dtype), integers(D_IN, seed=4).to(dtype)
     code = REFERENCE.topk(x, W_enc, b_enc, 9)
     error, dots = kernels.errors(code, x, W_dec, b_dec)
-    z = code.dense(1024).double().numpy()
+    z = code.dense(len(b_enc)).double().numpy()
     by_hand = z @ W_dec.double().numpy() + b_dec.double().numpy() - x.double().numpy()
     np.testing.assert_array_equal(error.double().numpy(), by_hand)
     all_dots = by_hand @ W_dec.double().numpy().T
@@ -206,7 +205,7 @@ def test_errors_and_gradients_of_latents_equal_those_of_numpy(kernels, dtype):
         dots.double().numpy(), all_dots[code.row_of.numpy(), code.indices.numpy()]
     )
     by_value = integers(len(dots), seed=5).to(dtype)
-    found = kernels.latent_gradients(code, by_value, x, error, 0.5, 1024)
+    found = kernels.latent_gradients(code, by_value, x, error, 0.5, len(b_enc))
     weights = np.zeros_like(z)
     weights[code.row_of.numpy(), code.indices.numpy()] = by_value.double().numpy()
     np.testing.assert_array_equal(found.W_enc.double().numpy(), weights.T @ x.double().numpy())
@@ -216,14 +215,14 @@ def test_errors_and_gradients_of_latents_equal_those_of_numpy(kernels, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_a_unit_decoder_lie_on_the_sphere_and_know_their_length(kernels, dtype):
-    x, W_enc, b_enc = (part.to(dtype) for part in float32_inputs("random"))
-    unit = gaussian(1024, D_IN, seed=3)
+    x, W_enc, b_enc = (part.to(dtype) for part in float32_inputs("random", kernels))
+    unit = gaussian(len(b_enc), D_IN, seed=3)
     unit = (unit / unit.norm(dim=1, keepdim=True)).to(dtype)
     code = REFERENCE.topk(x, W_enc, b_enc, 9)
     error, dots = REFERENCE.errors(code, x, unit, x[0])
-    free = REFERENCE.latent_gradients(code, dots, x, error, 1.0, 1024)
-    memory = LatentGradients.empty(1024, x)
-    found = kernels.latent_gradients(code, dots, x, error, 1.0, 1024, unit, memory)
+    free = REFERENCE.latent_gradients(code, dots, x, error, 1.0, len(b_enc))
+    memory = LatentGradients.empty(len(b_enc), x)
+    found = kernels.latent_gradients(code, dots, x, error, 1.0, len(b_enc), unit, memory)
     along = (free.W_dec.double() * unit.double()).sum(dim=1, keepdim=True)
     wanted = free.W_dec.double() - along * unit.double()
     scale = float(free.W_dec.abs().max())
@@ -259,6 +258,7 @@ def test_adamw_moves_as_torchs_optimiser_does(kernels, dtype, shape, unit):
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels):
     x, W_enc, b_enc = (part.float() for part in inputs("random"))
+    x = few(kernels, x)
     W_dec = gaussian(D_SAE, D_IN, seed=3).float()
     before = torch.get_num_threads()
     results = []

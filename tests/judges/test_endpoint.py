@@ -176,6 +176,15 @@ def test_each_of_them_is_told_apart_and_asked_once(server, fault, message):
     assert len(server.requests) == 1
 
 
+def test_an_endpoint_that_wants_a_key_where_none_is_sent_says_so(server):
+    server.fatal = "401"
+    nobody = module.Endpoint(
+        server.url, "m", None, "no variable", {}, "c.sqlite", 1, 5.0, 20.0, 0.005
+    )
+    with pytest.raises(ExternalError, match="wants a key, and none was sent: key_variable is none"):
+        nobody.ask(questions(1), Budget(), lambda place, outcome: None)
+
+
 def test_a_question_that_is_refused_by_itself_fails_alone(server):
     server.script = ["", "400", "", "422"]
     found = ask(server, 6, concurrency=1)

@@ -40,9 +40,10 @@ def test_the_first_use_compiles_and_says_so_and_the_second_does_not(fresh, caplo
 @needs_compiler
 def test_another_source_is_another_library(fresh, tmp_path, monkeypatch):
     compiled.library()
-    changed = tmp_path / "cpu.cpp"
-    changed.write_text(compiled.SOURCE.read_text("utf-8") + "// changed\n", "utf-8")
-    monkeypatch.setattr(compiled, "SOURCE", changed)
+    first, *others = compiled.SOURCES
+    changed = tmp_path / first.name
+    changed.write_text(first.read_text("utf-8") + "// changed\n", "utf-8")
+    monkeypatch.setattr(compiled, "SOURCES", (changed, *others))
     compiled.library.cache_clear()
     compiled.library()
     assert len(list(fresh.glob("*.so"))) == 2

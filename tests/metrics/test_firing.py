@@ -73,9 +73,11 @@ def test_a_store_without_tokens_has_no_l0():
     assert stats.firing_rate.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
 @pytest.mark.parametrize("block", [1 << 20, 100])
-def test_quantiles_equal_numpys(codes, block, monkeypatch):
+def test_quantiles_equal_numpys(codes, block, kind, monkeypatch):
     monkeypatch.setattr(base, "BLOCK_VALUES", block)
+    codes = codes.astype(kind).astype(np.float64)
     shares = np.array([0.0, 0.01, 0.5, 0.77, 0.99, 1.0])
     np.testing.assert_allclose(
         latent_quantiles(csr_array(codes), shares), np.quantile(codes, shares, axis=0), atol=1e-12

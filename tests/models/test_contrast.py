@@ -11,12 +11,8 @@ from contrast_truth import attention_of, blocks_of, by_two_passes, hooked, state
 from family_truth import EXAMPLES, LAYERS, NAMES, every, n_hooks
 from saefty.config import build_config
 from saefty.errors import ConfigError, MismatchError
-from saefty.models.contrast import (
-    ContrastSection,
-    capture_contrast,
-    check_contrast,
-    rounding_share,
-)
+from saefty.models.contrast import ContrastSection, capture_contrast
+from saefty.models.contrast_check import check_contrast, rounding_share
 from saefty.models.decoder import Decoder
 from saefty.records import Site
 

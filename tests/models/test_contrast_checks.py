@@ -10,7 +10,8 @@ import tiny_vlms
 from contrast_truth import hooked
 from family_truth import EXAMPLES
 from saefty.errors import MismatchError
-from saefty.models.contrast import ContrastSection, check_contrast
+from saefty.models.contrast import ContrastSection
+from saefty.models.contrast_check import check_contrast
 from saefty.records import Example, Site
 
 ZERO = ContrastSection(method="zero_attention")

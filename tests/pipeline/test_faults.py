@@ -119,8 +119,10 @@ def test_resumes_that_are_killed_again_and_again_only_ever_go_forward(world, kil
     assert bytes_of(folder) == bytes_of(world.extracted)
 
 
-def little_extracting(world):
-    return lambda name: world.extract(name, "extract.limit_examples=3", "extract.layers=[1]")
+def little_extracting(world, *words):
+    return lambda name: world.extract(
+        name, "extract.limit_examples=3", "extract.layers=[1]", *words
+    )
 
 
 def little_training(world):

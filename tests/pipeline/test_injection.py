@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pipeline import forkserver
-from pipeline.test_faults import LITTLE, bytes_of
+from pipeline.test_faults import LITTLE, bytes_of, little_extracting
 from pipeline.tracer import CALLS, inject, needs_tracer
 
 pytestmark = needs_tracer
@@ -114,7 +114,8 @@ def test_what_was_complete_survives_an_error_at_every_call_of_a_rerun(writer):
 def test_a_fault_at_every_call_of_a_stage_loses_nothing_and_a_rerun_completes_it(
     world, stage, fault
 ):
-    command = stage(world)
+    # The tracer counts the calls of one thread: all are made by it.
+    command = stage(world, "engine.overlap=false") if stage is little_extracting else stage(world)
 
     def rerun(folder):
         again = world.saefty(*command(folder.name))

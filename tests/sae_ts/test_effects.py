@@ -13,9 +13,17 @@ from saefty.config import build_config
 from saefty.errors import ConfigError, InputError, IntegrityError, MismatchError, NumericError
 from saefty.interventions.vectors import load_vector
 from saefty.runs import check_files
-from saefty.sae_ts.effects import BASELINE, piece_path, read_effects, training_vectors
+from saefty.sae_ts.effects import (
+    BASELINE,
+    piece_path,
+    pieces_of,
+    read_effects,
+    read_plan,
+    training_vectors,
+)
 from saefty.sae_ts.fit import RidgeMap
 from saefty.sae_ts.vectors import targeted_vector, trust_of
+from saefty.stages import effects as stage
 from saefty.stages.effects import EffectsConfig, run
 from saefty.steering_vectors import decoder_vector, random_vector
 
@@ -143,12 +151,27 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bytes(world, effects, tmp_p
     folder = tmp_path / "again"
     shutil.copytree(effects, folder)
     digests = {p.name: fsio.digest(p) for p in folder.rglob("*.safetensors")}
-    for path in (folder / "finished.json", piece_path(folder, 2), piece_path(folder, 5)):
+    for path in (folder / "finished.json", piece_path(folder, 1), piece_path(folder, 3)):
         path.unlink()
     turn, weights = world
     measured((turn, weights), folder)
     assert {p.name: fsio.digest(p) for p in folder.rglob("*.safetensors")} == digests
     assert check_files(folder)
+
+
+def test_rollouts_measured_piece_by_piece_are_those_measured_together(world, tmp_path, monkeypatch):
+    """Five rollouts of 30 vectors: in pieces of two rollouts and ten vectors, and in one piece."""
+    together, _ = measured(world, tmp_path / "one", vectors=30, rollouts=5)
+    monkeypatch.setattr(stage, "PIECE_ROLLOUTS", 2)
+    apart, _ = measured(world, tmp_path / "many", vectors=30, rollouts=5, batch_rows=13)
+    pieces = pieces_of(read_plan(apart.folder)[1], 30)
+    assert [(piece.vectors, piece.rollouts) for piece in pieces[:4]] == [
+        ((0, 10), (0, 2)), ((0, 10), (2, 4)), ((0, 10), (4, 5)), ((10, 20), (0, 2))
+    ]  # fmt: skip
+    assert len(pieces) == 9
+    one, many = read_effects(together.folder), read_effects(apart.folder)
+    np.testing.assert_array_equal(one.vectors, many.vectors)
+    np.testing.assert_allclose(one.steered.toarray(), many.steered.toarray(), rtol=1e-5)
 
 
 def test_a_damaged_piece_is_told_by_name(effects, tmp_path):

@@ -18,22 +18,27 @@ FAST = ("eval.permutations=100", "eval.boots=100", "eval.baselines=false",
         "intervention.max_new_tokens=2", "intervention.judge=refusal")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
+def made(folder, method="zero_attention", scope="per_layer", layers="[1]"):
+    """Extract a contrast of memes into x, train an SAE on it into s; return the model."""
     memes, model = write_memes(folder, N), tiny_vlms.load("llava")
     words = (
         f"model.name={tiny_vlms.folder_of('llava')}", f"data.path={memes}", "data.id=id",
         "data.prompt=instruction", "data.image=image_path", "data.label=sentiment",
-        "data.harmful=[negative]", "extract.layers=[1]", "extract.hook_point=post_attn_resid",
-        "extract.contrast.method=zero_attention", "extract.pooling.name=text_only_mean",
-        f"run.dir={folder / 'x'}",
+        "data.harmful=[negative]", f"extract.layers={layers}", "extract.hook_point=post_attn_resid",
+        f"extract.contrast.method={method}", f"extract.contrast.scope={scope}",
+        "extract.pooling.name=text_only_mean", f"run.dir={folder / 'x'}",
     )  # fmt: skip
     extract.run(load_config(extract.ExtractConfig, None, words), model=model)
     words = (f"train.store={folder / 'x'}", "sae.k=4", "train.max_steps=20", "train.batch_size=8",
              f"run.dir={folder / 's'}")  # fmt: skip
     train.run(load_config(train.TrainConfig, None, words))
-    return folder, model
+    return model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    return folder, made(folder)
 
 
 def evaluate(folder, out, model, *words):

@@ -120,7 +120,7 @@ def test_a_latent_and_a_file_of_prompts_will_do_as_well(vector, tmp_path):
         (("--alpha", "1", "--where", "tail", "the dog"), 2, "--where: should be both, prefill"),
         (("--alpha", "1", "--where", "99", "the dog"), 2, "no token lies at place 99"),
         (("--alpha", "1", "--where", "0", "the dog"), 2, "all tokens at places 0 are special"),
-        (("--alpha", "nan", "the dog"), 2, "--alpha: should be"),
+        (("--alpha", "nan", "the dog"), 2, "--alpha is nan, and no vector can be added nan times"),
         (("--alpha", "1", "--unit", "norm", "the dog"), 2, "--unit: should be activation"),
         (("--alpha", "1", "--latent", "-1", "the dog"), 2, "--latent: should be integer ≥ 0"),
         (("--alpha", "1", "--layer", "9", "the dog"), 2, "layer 9 was asked for"),
@@ -185,7 +185,7 @@ def test_of_many_prompts_some_are_shown_and_a_file_holds_all(vector, tmp_path, m
     assert sum(line.startswith("> the dog") for line in result.stdout.splitlines()) == 10
     made = list((tmp_path / "artifacts" / "steer_generate").glob("*/replies.jsonl"))
     assert len(made) == 1
-    assert "2 more prompts; all are in artifacts" in result.stdout
+    assert "2 more prompts; all are in artifacts" in " ".join(result.stdout.split())
     lines = [json.loads(line) for line in made[0].read_text("utf-8").splitlines()]
     assert [one["prompt"] for one in lines] == texts
     assert lines[3]["alphas"] == [2.0]

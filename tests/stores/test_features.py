@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from saefty import fsio
+from saefty.errors import IntegrityError
 from saefty.stores import index
 from saefty.stores.activations import ROW_COLUMNS
 from saefty.stores.base import EXAMPLES, StoreWriter
@@ -75,6 +76,31 @@ def test_pooling_reads_magnitudes_so_that_the_two_ends_do_not_cancel(signed, how
     np.testing.assert_allclose(signed.pooled(1, how).toarray(), wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["max", "mean", "sum", "last"])
+def test_an_example_that_lies_in_two_pieces_is_pooled_whole(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(f"{__name__}.OWNER", [0, 1, 1, 1, 2])
+    z = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    wanted = [np.abs(z[:1]), np.abs(z[1:4]), np.abs(z[4:])]
+    reduce = {"max": np.max, "mean": np.mean, "sum": np.sum, "last": lambda z, axis: z[-1]}[how]
+    found = store_of(tmp_path, z).pooled(1, how)
+    np.testing.assert_allclose(found.toarray(), [reduce(a, axis=0) for a in wanted], rtol=1e-6)
+
+
+def test_an_index_that_became_another_file_is_read_anew(store):
+    assert store.tokens_of(1, 0)[0].tolist() == [2, 4]
+    path = store.folder / "layer_1/index.safetensors"
+    held = path.read_bytes()
+    path.unlink()
+    with pytest.raises(IntegrityError, match="is missing"):
+        store.tokens_of(1, 0)
+    path.write_bytes(held[:-1] + b"x")
+    with pytest.raises(IntegrityError, match="is damaged"):
+        store.tokens_of(1, 0)
+    path.unlink()
+    path.write_bytes(held)
+    assert store.tokens_of(1, 0)[0].tolist() == [2, 4]
+
+
 def test_the_store_gives_back_the_latents(store):
     assert store.csr(1).toarray().tolist() == Z.tolist()
     assert store.n_tokens == 5
@@ -141,7 +167,7 @@ def test_an_index_ordered_a_few_latents_at_a_time_is_the_same_file(tmp_path, mon
         commit_features(writer, piece, {0: code, 1: csr_of(np.zeros_like(z[:20]))}, rows, {})
     path = tmp_path / build_index(tmp_path, 0, 3, 20)
     at_once = path.read_bytes()
-    monkeypatch.setattr(index, "ORDERED_AT_ONCE", 50)
+    monkeypatch.setattr(index, "ENTRIES_AT_ONCE", 50)
     path.unlink()
     build_index(tmp_path, 0, 3, 20)
     assert path.read_bytes() == at_once

@@ -29,6 +29,8 @@ FORMAT = 1
 KEYS = ("format", "method", "site", "d_model", "norm", "norms", "provenance", "xxh3_128")
 HOW = "Name the place too: sf.load_vector(path, sf.Site(20))."
 EXPORTS = (".safetensors", ".npy")
+TORCH_FILES = (".pt", ".pth", ".bin")
+"""What torch.save writes; reading one may run what is in it, so it is left to whoever made it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +193,15 @@ def load_vector(
     where = Path(path)
     if isinstance(site, int):
         site = Site(site)
+    if where.suffix not in (*EXPORTS, "") and not where.is_dir():
+        raise ConfigError(
+            f"{where} is not read as a vector: one is a folder of saefty steer vector, or a file "
+            f"{' or '.join(EXPORTS)}.",
+            then=f"Write it as one: np.save({where.with_suffix('.npy').name!r}, "
+            f"torch.load({where.name!r}).float().numpy()) in Python."
+            if where.suffix in TORCH_FILES
+            else "Name one of these.",
+        )
     if where.is_dir() and not any((where / name).exists() for name in (TENSOR, RECORD)):
         raise ConfigError(
             f"{where} holds no vector: neither {TENSOR} nor {RECORD} is in it.",

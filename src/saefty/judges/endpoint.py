@@ -324,6 +324,13 @@ class _Asking:
                 "command again; it asks only what is left.",
             )
         if status in NO_KEY:
+            if self.endpoint.key is None:
+                return self._refused(
+                    f"{self.endpoint.url} wants a key, and none was sent: key_variable is none "
+                    f"({said})",
+                    "Set key_variable to the name of a variable that holds a key, and run the same "
+                    "command again; it asks only what is left.",
+                )
             return self._refused(
                 f"{self.endpoint.url} refuses the key in {self.endpoint.key_variable} ({said})",
                 "Set the variable to a valid key that may use this model, and run the same command "

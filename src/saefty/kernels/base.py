@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saefty.matmul import products
 from saefty.registry import Registry
 
 
@@ -113,6 +114,20 @@ class LatentGradients:
         wide, narrow = (d_sae, like.shape[1]), d_sae
         new = like.new_empty
         return cls(new(wide), new(narrow), new(wide), new(narrow))
+
+    def part(self, start: int, stop: int) -> "LatentGradients":
+        """Return those of some latents; they are the same memory."""
+        here = slice(start, stop)
+        return LatentGradients(
+            self.W_enc[here], self.b_enc[here], self.W_dec[here], self.squared[here]
+        )
+
+    def take(self, other: "LatentGradients") -> None:
+        """Copy what is not in this memory already."""
+        for name in ("W_enc", "b_enc", "W_dec", "squared"):
+            mine, given = getattr(self, name), getattr(other, name)
+            if mine.data_ptr() != given.data_ptr():
+                mine.copy_(given)
 
     @classmethod
     def of(
@@ -282,12 +297,9 @@ def affine(
     b: Float[Tensor, "d_out"],
     out: Float[Tensor, "rows d_out"] | None = None,
 ) -> Float[Tensor, "rows d_out"]:
-    """Return x W + b.
-
-    Every large product of an encoder goes through here, so that a choice of matrix-multiply
-    back-end has one place to act, and never becomes a global setting of torch.
-    """
-    return torch.addmm(b, x, W, out=out) if out is not None else torch.addmm(b, x, W)
+    """Return x W + b, the large product of an encoder, multiplied in the way that was chosen."""
+    with products():
+        return torch.addmm(b, x, W, out=out) if out is not None else torch.addmm(b, x, W)
 
 
 def largest(
@@ -334,14 +346,17 @@ def choose_kernels(device: torch.device | str, wanted: str | None = None) -> Spa
         device: Where the arithmetic is done.
         wanted: The class of the kernels to use if they run here, such as what a run began with.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    names = ["cpu", "screened", "torch_sparse"] if on_cpu else ["torch_sparse"]
+    faster = {"cpu": ["cpu", "screened"], "cuda": ["triton"]}
+    names = [*faster.get(torch.device(device).type, []), "torch_sparse"]
     usable = [KERNELS[name] for name in names if _runs(name)]
     return next((kind for kind in usable if kind.__name__ == wanted), usable[0])()
 
 
 def _runs(name: str) -> bool:
-    """Return whether a set of kernels for the CPU can be used on this machine."""
+    """Return whether a set of kernels can be used on this machine, and is worth it."""
     if name == "cpu":
         return importlib.import_module("saefty.kernels.compiled").library().functions is not None
+    if name == "triton":
+        found = importlib.import_module("saefty.kernels.triton_sparse").programs()
+        return found.sums is not None and not found.interpreted
     return name == "torch_sparse" or has_bfloat16_units()

@@ -1,6 +1,6 @@
-"""`cpu.cpp` as a library: compiled at first use by this machine's own compiler, and kept.
+"""The C++ files as one library: compiled at first use by this machine's own compiler, and kept.
 
-The file has plain C functions, so it needs no headers of Python or torch and compiles in a second
+They have plain C functions, so they need no headers of Python or torch and compile in a second
 or two. The library's name holds a checksum of source, flags, compiler and the processor's own
 instructions: another of any of them compiles anew, and machines that share a home folder do not
 meet each other's. Without a compiler there is no library, and the kernels in pure torch run.
@@ -12,17 +12,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from saefty import fsio
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("cpu.cpp", "reaching.cpp", "pointwise.cpp", "tiles.cpp")
+)
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-std=c++17",
     "-fopenmp", "-fPIC", "-shared",
@@ -50,18 +56,37 @@ def library() -> Library:
         return Library(None, f"no compiler ({', '.join(COMPILERS)}; CXX names another)")
     try:
         machine = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-        told = "\n".join([SOURCE.read_text("utf-8"), *FLAGS, *_openmp(), machine])
+        sources = [path.read_text("utf-8") for path in SOURCES]
+        told = "\n".join([*sources, *FLAGS, *_openmp(), machine])
         path = _folder() / f"{fsio.digest_blocks([told.encode()])}.so"
         if not path.is_file():
             log.info("compiling the CPU kernels with %s (once, a few seconds)", compiler)
             with fsio.staged(path) as temporary:
-                _run(compiler, *FLAGS, str(SOURCE), *_openmp(), "-o", str(temporary))
+                _run(compiler, *FLAGS, *map(str, SOURCES), *_openmp(), "-o", str(temporary))
         return Library(ctypes.CDLL(str(path)), f"compiled by {compiler} for this processor")
     except (OSError, subprocess.SubprocessError, fsio.DiskError) as error:
         told = getattr(error, "stderr", None) or str(error)
         reason = f"{compiler} failed: {str(told).strip().splitlines()[0] if told else error}"
         log.warning("the CPU kernels are not compiled (%s); pure torch runs, more slowly", reason)
         return Library(None, reason)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Return whether these are what the C functions read: contiguous float32 on the CPU."""
+    return all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
+
+
+def call(function: Callable[..., Any], *arguments: Tensor | int | float) -> None:
+    """Call a C function: tensors by address, integers as int64, numbers as float."""
+    function(*map(_as_c, arguments))
+
+
+def _as_c(given: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(given, Tensor):
+        return ctypes.c_void_p(given.data_ptr())
+    return ctypes.c_int64(given) if isinstance(given, int) else ctypes.c_float(given)
 
 
 def _folder() -> Path:

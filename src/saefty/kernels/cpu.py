@@ -1,29 +1,32 @@
 """Kernels in C++ where loops over rows and latents cost more in torch: selecting, fused gradients.
 
-The encoder's product stays torch's. What follows it is one pass over each row or each latent while
-it lies in cache: which latents can be among the k largest, their float32 values, errors with the
-dot products of the encoder's gradient, and both gradients of a latent. Anything but contiguous
-float32 on the CPU is left to the kernels in torch.
+The encoder's product is torch's, or that of `tiles.py`. What follows it is one pass over each row
+or each latent while it lies in cache: which latents can be among the k largest, their float32
+values, errors with the dot products of the encoder's gradient, and both gradients of a latent.
+Anything but contiguous float32 on the CPU is left to the kernels in torch.
 """
-
-import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saefty.kernels.base import KERNELS, AdamStep, LatentGradients, SparseCode, largest
-from saefty.kernels.compiled import library
-from saefty.kernels.screened import CROWDED, MEMBERS, ROUNDING, Screen, Screened, joined_groups
+from saefty.kernels.compiled import call, library, plain
+from saefty.kernels.screened import CROWDED, MEMBERS, ROUNDING, Screen, joined_groups
+from saefty.kernels.tiles import Tiled
 from saefty.kernels.torch_sparse import TopkTable, topk_table
 
 NOT_DECIDED = -1
 
+CROWDED_ROW = 192
+"""From this many entries a row on, several rows are decoded latent by latent (measured)."""
+
+MANY = 24
+"""From this many entries a latent on, their rows are read block by block (measured)."""
+
 
 @KERNELS.register("cpu")
-class Cpu(Screened):
+class Cpu(Tiled):
     """The compiled kernels.
 
     Raises:
@@ -34,6 +37,7 @@ class Cpu(Screened):
         found = library()
         if found.functions is None:
             raise RuntimeError(f"there are no compiled kernels here: {found.reason}")
+        super().__init__()
         self._call = found.functions
         self._rough = torch.empty(0, 0, dtype=torch.bfloat16)
 
@@ -55,7 +59,7 @@ class Cpu(Screened):
         if self._rough.shape != W.shape:  # kept, because fresh memory costs as much as filling it
             self._rough = torch.empty_like(W, dtype=torch.bfloat16)
         squared, lost = W.new_empty(len(W)), W.new_empty(len(W))
-        _call(self._call.rounded, W, *W.shape, self._rough, squared, lost)
+        call(self._call.rounded, W, *W.shape, self._rough, squared, lost)
         return _CompiledScreen(
             W,
             b_enc,
@@ -75,13 +79,14 @@ class Cpu(Screened):
         b_dec: Float[Tensor, "d_in"],
     ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "nnz"]]:
         """Decode, subtract and multiply row by row."""
-        if not _plain(x, W_dec, b_dec, code.values):
+        if not plain(x, W_dec, b_dec, code.values):
             return super().errors(code, x, W_dec, b_dec)
         error, dots = torch.empty_like(x), torch.empty_like(code.values)
-        _call(
-            self._call.reconstruct,
-            code.values, code.indices, code.offsets, W_dec, b_dec, x, *x.shape, error, dots,
-        )  # fmt: skip
+        given = code.values, code.indices, code.offsets, W_dec, b_dec, x, *x.shape
+        if len(dots) >= CROWDED_ROW * len(x) > 0:
+            call(self._call.reconstruct_by_tiles, *given, len(W_dec), error, dots)
+        else:
+            call(self._call.reconstruct, *given, error, dots)
         return error, dots
 
     def latent_gradients(
@@ -96,14 +101,15 @@ class Cpu(Screened):
         into: LatentGradients | None = None,
     ) -> LatentGradients:
         """Sum latent by latent, both gradients at once."""
-        if not _plain(x, error, code.values, by_value, *([] if unit is None else [unit])):
+        if not plain(x, error, code.values, by_value, *([] if unit is None else [unit])):
             return super().latent_gradients(code, by_value, x, error, scale, d_sae, unit)
         found = into or LatentGradients.empty(d_sae, x)
         starts = code.indices.new_empty(d_sae + 1)
         order = torch.empty_like(code.indices)
-        _call(self._call.by_latent, code.indices, len(order), d_sae, starts, order)
-        _call(
-            self._call.latent_gradients,
+        call(self._call.by_latent, code.indices, len(order), d_sae, starts, order)
+        many = len(order) >= MANY * d_sae
+        call(
+            self._call.latent_gradients_by_rows if many else self._call.latent_gradients,
             code.values, by_value, code.row_of, starts, order, x, error, d_sae, x.shape[1],
             float(scale), x if unit is None else unit, int(unit is not None),
             found.W_enc, found.W_dec, found.b_enc, found.squared,
@@ -121,7 +127,7 @@ class Cpu(Screened):
         unit: bool = False,
     ) -> None:
         """Read and write everything once."""
-        if not _plain(weights, mean, power, gradient):
+        if not plain(weights, mean, power, gradient):
             super().adamw(weights, mean, power, gradient, step, unit=unit)
             return
         rows, width = weights.shape if weights.ndim == 2 else (1, weights.numel())
@@ -129,7 +135,7 @@ class Cpu(Screened):
             step.factor, step.rate, step.beta1, step.beta2, step.eps, step.weight_decay,
             1 - step.beta1**step.number, 1 - step.beta2**step.number,
         )  # fmt: skip
-        _call(
+        call(
             self._call.adamw, weights, mean, power, gradient, rows, width, *map(float, numbers),
             int(unit),
         )  # fmt: skip
@@ -139,11 +145,11 @@ class Cpu(Screened):
     ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
         rows, d_sae = pre.shape
         coarser = joined_groups(d_sae, k)
-        if not (coarser and k and _plain(pre)):
+        if not (coarser and k and plain(pre)):
             return largest(pre, k)
         values, latents = pre.new_empty(rows, k), torch.empty(rows, k, dtype=torch.long)
         strange = torch.empty(rows, dtype=torch.uint8)
-        _call(self._call.topk, pre, rows, d_sae, MEMBERS, coarser, k, values, latents, strange)
+        call(self._call.topk, pre, rows, d_sae, MEMBERS, coarser, k, values, latents, strange)
         if strange.any():
             where = strange.bool()
             values[where], latents[where] = largest(pre[where], k)
@@ -160,42 +166,24 @@ class _CompiledScreen(Screen):
         buffer: Float[Tensor, "most_rows d_sae"],
     ) -> TopkTable:
         """Return the k largest of each row, descending, of equal ones the lower latent first."""
-        call = library().functions
-        assert call is not None, "a compiled screen is made by compiled kernels"
+        found = library().functions
+        assert found is not None, "a compiled screen is made by compiled kernels"
         rough_x, pre = x.bfloat16(), buffer[: len(x)]
         torch.addmm(self.rough_bias, rough_x, self.rough.T, out=pre)
         (rows, d_in), d_sae, most = x.shape, len(self.b), CROWDED * k
         candidates = torch.empty(rows, most, dtype=torch.int32)
         counts = torch.empty(rows, dtype=torch.int32)
-        _call(
-            call.screen,
+        call(
+            found.screen,
             pre, self.bound(x, rough_x), rows, d_sae, MEMBERS, self.coarser, k, most, ROUNDING,
             candidates, counts,
         )  # fmt: skip
         values, latents = x.new_empty(rows, k), torch.empty(rows, k, dtype=torch.long)
-        _call(
-            call.rescore,
+        call(
+            found.rescore,
             x, self.W, self.b, candidates, counts, rows, d_in, d_sae, most, k, values, latents,
         )  # fmt: skip
         unsure = (counts == NOT_DECIDED).nonzero().squeeze(1)
         if len(unsure):
             values[unsure], latents[unsure] = self.table(x[unsure], self.W.T, self.b, k)
         return values, latents
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Return whether these are what the C functions read: contiguous float32 on the CPU."""
-    return all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
-    )
-
-
-def _call(function: Callable[..., Any], *arguments: Tensor | int | float) -> None:
-    """Call a C function: tensors by address, integers as int64, numbers as float."""
-    function(*map(_as_c, arguments))
-
-
-def _as_c(given: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if isinstance(given, Tensor):
-        return ctypes.c_void_p(given.data_ptr())
-    return ctypes.c_int64(given) if isinstance(given, int) else ctypes.c_float(given)

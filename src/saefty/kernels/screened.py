@@ -14,6 +14,7 @@ the bfloat16 product rounds decides only how many latents are looked at twice. R
 bound says nothing, because fewer than k latents are clearly positive, are done in float32 at once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -46,12 +47,20 @@ ROUNDING = 2.0**-8
 SUMMING = 2.0**-22
 """Error of a sum of products in float32 for each term, relative to the product of the norms."""
 
+VANISHING = 2.0**-62
+"""What a norm can lack for the root of each number, whose square underflows, or is denormal and
+taken for 0, as the units for bfloat16 do. The product of two norms covers what such products lack.
+"""
+
 NEVER = torch.iinfo(torch.int16).max
 
 
 @KERNELS.register("screened")
 class Screened(TorchSparse):
     """The pure-torch kernels, with the encoder's product screened in bfloat16."""
+
+    caution = 1.0
+    """What the bound on the error is multiplied by; 0, in training alone, takes it for exact."""
 
     def topk(
         self,
@@ -94,7 +103,7 @@ def _coarser(x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], 
     rows, (d_in, d_sae) = len(x), W_enc.shape
     large = rows >= LEAST_ROWS and d_sae >= LEAST_LATENTS and d_in >= LEAST_WIDTH
     known = x.dtype == W_enc.dtype == torch.float32 and x.device.type == "cpu"
-    if not (large and known and k > 0 and _product_holds()):
+    if not (large and known and k > 0 and _product_holds(d_in)):
         return 0
     return joined_groups(d_sae, k)
 
@@ -158,11 +167,14 @@ class Screen:
 
         The bias, which is rounded too, counts in it.
         """
-        lost = torch.linalg.vector_norm(x - rough.float(), dim=1)
-        norm = torch.linalg.vector_norm(x, dim=1)
-        products = lost * self.longest + (norm + lost) * self.farthest
-        sums = norm * self.longest * (SUMMING * x.shape[1])
-        return products + sums + (self.b - self.rough_bias.float()).abs().max()
+        vanished = VANISHING * math.sqrt(x.shape[1])
+        lost = torch.linalg.vector_norm(x - rough.float(), dim=1) + vanished
+        norm = torch.linalg.vector_norm(x, dim=1) + vanished
+        longest, farthest = self.longest + vanished, self.farthest + vanished
+        products = lost * longest + (norm + lost) * farthest
+        sums = norm * longest * (SUMMING * x.shape[1])
+        bias = (self.b - self.rough_bias.float()).abs().max() + SUMMING * self.b.abs().max()
+        return products + sums + bias
 
     def exact(
         self,
@@ -202,12 +214,12 @@ def _members(
 
 
 @cache
-def _product_holds() -> bool:
+def _product_holds(width: int = 512) -> bool:
     """Return whether torch's bfloat16 products have the precision the bound relies on here."""
     generator = torch.Generator().manual_seed(0)
-    x, W = (torch.randn(64, 512, generator=generator).bfloat16() for _ in range(2))
+    x, W = (torch.randn(64, width, generator=generator).bfloat16() for _ in range(2))
     b = torch.randn(64, generator=generator).bfloat16()
     true = x.double() @ W.double().T + b.double()
     scale = x.double().norm(dim=1)[:, None] * W.double().norm(dim=1)
-    allowed = SUMMING * 512 * scale + ROUNDING * true.abs()
+    allowed = SUMMING * width * scale + ROUNDING * true.abs()
     return bool(((torch.addmm(b, x, W.T).double() - true).abs() <= allowed).all())

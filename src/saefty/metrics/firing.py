@@ -221,9 +221,8 @@ def _block_quantiles(
 ) -> Float[np.ndarray, "shares columns"]:
     tokens, width = block.shape
     stored = np.diff(block.indptr).astype(np.int64)
-    column = np.repeat(np.arange(width), stored)
-    # Sorted within each column; a place before the stored values is one of the zeros.
-    values = np.append(block.data[np.lexsort((block.data, column))], 0.0)
+    # A place before the stored values is one of the zeros.
+    values = np.append(_sorted_columns(block), 0.0)
     zeros = np.zeros(width, dtype=np.int64) if active_only else tokens - stored
     place = shares[:, None] * np.maximum(stored + zeros - 1, 0)
     ends = []
@@ -233,3 +232,15 @@ def _block_quantiles(
         ends.append(values[at])
     quantiles = ends[0] + (place % 1.0) * (ends[1] - ends[0])
     return np.where((stored == 0) & active_only, np.nan, quantiles)
+
+
+def _sorted_columns(block: csc_array) -> Float[np.ndarray, "stored"]:
+    """Return the values of a block, none of them below zero, by column and in order."""
+    column = np.repeat(np.arange(block.shape[1], dtype=np.uint64), np.diff(block.indptr))
+    short = block.data.astype(np.float32)
+    if not np.array_equal(short, block.data):
+        return np.asarray(block.data[np.lexsort((block.data, column))])
+    # As one integer, column before value, which sorts ten times as fast: the bits of floats that
+    # are not below zero are in the order of their values.
+    keys = np.sort(column << np.uint64(32) | short.view(np.uint32))
+    return keys.astype(np.uint32).view(np.float32).astype(np.float64)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from transformers import Cache
 
 from saefty.errors import MismatchError
 from saefty.models.base import TokenBatch
@@ -30,20 +31,33 @@ def cross_layers(blocks: Iterable[nn.Module]) -> list[int]:
 
 
 def make_switch(
-    blocks: nn.ModuleList, batch: TokenBatch, layers: Sequence[int], method: str
+    blocks: nn.ModuleList,
+    batch: TokenBatch,
+    layers: Sequence[int],
+    method: str,
+    name: str = "extract",
 ) -> "Switch":
     """Return what turns attention off in some blocks, or with `knockout` in those before them too.
 
     Blocks without what `cross_attention` turns off are passed over.
+
+    Args:
+        blocks: All blocks of the model.
+        batch: What is read.
+        layers: The blocks.
+        method: How they are off.
+        name: The section of the settings that messages name.
     """
     if method == "knockout":
-        return HiddenImage(_attention(blocks, range(max(layers) + 1)), batch)
+        switch = HiddenImage(attention_of(blocks, range(max(layers) + 1)), name)
+        switch.reading(batch.mask & ~batch.image, batch.image)
+        return switch
     if method == "cross_attention":
         layers = sorted(set(layers) & set(cross_layers(blocks)))
-    return ZeroedAttention(_attention(blocks, layers))
+    return ZeroedAttention(attention_of(blocks, layers))
 
 
-def _attention(blocks: nn.ModuleList, layers: Iterable[int]) -> dict[int, nn.Module]:
+def attention_of(blocks: nn.ModuleList, layers: Iterable[int]) -> dict[int, nn.Module]:
     """Return the attention of blocks: over the sequence, or over the image beside it."""
     found = {}
     for layer in layers:
@@ -76,10 +90,17 @@ class Switch(abc.ABC):
 
 
 class ZeroedAttention(Switch):
-    """The attention of a block returns zeros, and is not computed."""
+    """The attention of a block returns zeros.
 
-    def __init__(self, modules: Mapping[int, nn.Module]) -> None:
+    Args:
+        modules: The attention module of each block in which it may be.
+        computed: Compute it, so that its keys get into a cache, before zeros take its place. Then
+            a block need not have been on before.
+    """
+
+    def __init__(self, modules: Mapping[int, nn.Module], *, computed: bool = False) -> None:
         super().__init__(modules)
+        self._computed = computed
         self._zeros: dict[nn.Module, Any] = {}
 
     @contextmanager
@@ -103,7 +124,11 @@ class ZeroedAttention(Switch):
         with ExitStack() as changes:
             for layer in layers:
                 module = self.modules[layer]
-                if module in self._zeros:  # otherwise a pass ends before it
+                if self._computed:
+                    # Before all other hooks: what they edit is what the attention gives.
+                    handle = module.register_forward_hook(_zeroed, prepend=True)
+                    changes.callback(handle.remove)
+                elif module in self._zeros:  # otherwise a pass ends before it
                     changes.enter_context(_returning(module, self._zeros[module]))
             yield
 
@@ -116,14 +141,24 @@ class HiddenImage(Switch):
 
     Args:
         modules: The attention module of each block in which it may be.
-        batch: What is read.
+        name: The section of the settings that messages name.
     """
 
-    def __init__(self, modules: Mapping[int, nn.Module], batch: TokenBatch) -> None:
+    def __init__(self, modules: Mapping[int, nn.Module], name: str = "extract") -> None:
         super().__init__(modules)
-        text = batch.mask & ~batch.image
-        self._hidden = text[:, None, :, None] & batch.image[:, None, None, :]
+        self._name = name
         self._off: frozenset[int] = frozenset()
+        self._hidden: Bool[Tensor, "batch 1 query key"] | None = None
+
+    def reading(self, text: Bool[Tensor, "batch query"], image: Bool[Tensor, "batch key"]) -> None:
+        """Say what is read next.
+
+        Args:
+            text: Which tokens that are read are not of an image, nor padding.
+            image: Which tokens that can be attended to are of an image: those, behind all that a
+                cache holds.
+        """
+        self._hidden = text[:, None, :, None] & image[:, None, None, :]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -156,18 +191,19 @@ class HiddenImage(Switch):
 
     def _mask(self, module: nn.Module, kwargs: Mapping[str, Any], *, hide: bool) -> Tensor:
         """Return the mask of a call for each example, query and key."""
-        hidden = self._hidden
+        assert self._hidden is not None, "nobody said what is read"
         if "attention_mask" not in kwargs:
             raise MismatchError(
                 f"{type(module).__name__} is not given its attention mask by name, so the image "
                 "cannot be hidden from it.",
-                then="Set extract.contrast.method=zero_attention, or use a family of "
+                then=f"Set {self._name}.contrast.method=zero_attention, or use a family of "
                 "docs/families.md.",
             )
+        hidden = _in_reach(self._hidden, module, kwargs)
         mask = kwargs["attention_mask"]
         kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if mask is None and kind == "sdpa":  # sdpa's own rule for a mask that is left out
-            mask = _left_out(hidden.shape[-1], hidden.device, getattr(module, "is_causal", True))
+            mask = _left_out(hidden, getattr(module, "is_causal", True))
         if not isinstance(mask, Tensor) or mask.shape[-2:] != hidden.shape[-2:] or mask.ndim != 4:
             raise MismatchError(
                 f"attention of the kind {kind} takes no mask for each pair of tokens, so the image "
@@ -180,9 +216,25 @@ class HiddenImage(Switch):
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
-def _left_out(length: int, device: torch.device, causal: bool) -> Bool[Tensor, "1 1 query key"]:
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
-    return mask.tril() if causal else mask
+def _in_reach(
+    hidden: Bool[Tensor, "batch 1 query total"], module: Any, kwargs: Mapping[str, Any]
+) -> Bool[Tensor, "batch 1 query key"]:
+    """Return what is hidden among the keys that an attention has: a window's are the last."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        return hidden
+    keys, _ = cache.get_mask_sizes(hidden.shape[-2], module.layer_idx)
+    return hidden[..., -keys:]
+
+
+def _left_out(hidden: Bool[Tensor, "batch 1 query key"], causal: bool) -> Bool[Tensor, "..."]:
+    query, key = hidden.shape[-2:]
+    mask = torch.ones(1, 1, query, key, dtype=torch.bool, device=hidden.device)
+    return mask.tril(key - query) if causal else mask
+
+
+def _zeroed(_: nn.Module, __: Any, output: Any) -> Any:
+    return with_first(output, torch.zeros_like(first_tensor(output)))
 
 
 @contextmanager

@@ -61,6 +61,9 @@ class TokenizedExample:
     reason: str | None = None
     """Why the status is not `ok`, where it does not say enough; of a `bad_image` it begins with
     `OF_TEXT` where the image may be fine."""
+    patches: int = 0
+    """Patches of its image, of all the tiles it is cut into: what the image tower computes, which
+    may be many times the image's tokens."""
 
     @property
     def spans(self) -> list[Span]:
@@ -92,6 +95,9 @@ class TokenBatch:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """What a forward pass takes beside tokens, by the names of the model's own arguments: pixels,
     for instance. Empty for a language model."""
+    reads_padding: bool = True
+    """Whether the padding is looked at, by whoever reads the activations or by a real token. Where
+    it is not, because the model is causal, attention need not hide it, which is faster."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,18 @@ class ModelAdapter(abc.ABC):
             model's dtype, on the device of their block. Whether they are finite is for the caller
             to check.
         """
+
+    def capture_behind(
+        self, batch: TokenBatch, sites: Sequence[Site], rows: Bool[Tensor, "batch seq"]
+    ) -> dict[Site, Tensor]:
+        """Return what `capture` does, for rows that begin alike; how they begin may be read once.
+
+        Args:
+            batch: What to read; best where all rows begin with the same long prompt.
+            sites: Where to look; each once.
+            rows: Keep only these tokens, in row-major order.
+        """
+        return self.capture(batch, sites, rows)
 
     @abc.abstractmethod
     def logits(self, batch: TokenBatch) -> Float[Tensor, "batch seq vocab"]:

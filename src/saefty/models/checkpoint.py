@@ -92,14 +92,21 @@ class ModelInfo:
         """Refuse layers that the model does not have, and sites asked for twice.
 
         Raises:
-            ConfigError: If a layer is out of range or a site occurs twice.
+            ConfigError: If a layer is out of range, a site occurs twice, or is given as something
+                else than a `Site`.
         """
         for site in sites:
+            if not isinstance(site, Site):
+                raise ConfigError(
+                    f"a place in a model is a Site, not {site!r}.",
+                    then='Write sf.Site(20) for what leaves block 20, sf.Site(20, "mlp_out") for '
+                    'another part, or Site.parse("blocks.20.hook_resid_post").',
+                )
             if not 0 <= site.layer < self.n_layers:
                 raise ConfigError(
                     f"layer {site.layer} was asked for, but {self.name} has {self.n_layers} "
                     f"blocks: layers run 0..{self.n_layers - 1}.",
-                    then="Name layers in that range (--layer, extract.layers, steer.layer).",
+                    then="Name layers in that range (extract.layers, steer.layer).",
                 )
         if len(set(sites)) < len(sites):
             twice = next(site for site in sites if list(sites).count(site) > 1)

@@ -14,34 +14,22 @@ as the last site in it. With `joint` there are two passes: off are all layers th
 `knockout` all layers up to the deepest of them.
 """
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from pydantic import field_validator
 from torch import Tensor
 
 from saefty.config import Config
 from saefty.errors import ConfigError, MismatchError
-from saefty.models.attention_off import Switch, cross_layers, make_switch
+from saefty.models.attention_off import cross_layers, make_switch
 from saefty.models.base import ModelAdapter, TokenBatch
 from saefty.models.hooks import find_layout
-from saefty.models.no_effect import cause_of_no_effect
 from saefty.models.recomputation import TwiceComputed
 from saefty.models.transformer import TransformerModel
 from saefty.records import Site
 
-log = logging.getLogger(__name__)
-
-NO_EFFECT = 1e-6  # of ‖h‖: a smaller ‖δ‖ is none at all
-MUCH_ROUNDING = 0.1  # of ‖δ‖
-WRONG_SHARE = 1e-3  # of ‖δ‖ at a token: by so much δ may differ from that of two passes, and
-ROUNDINGS = 4  # by so many times the rounding of both
-LEFT_OVER = 0.1  # of what another image moves: so much of it may be left with all layers off
-FINEST = 1e-5  # of a norm: what float32 rounds to over many layers
 ALIASES = {"cross_attn_off": "cross_attention"}
 
 
@@ -70,6 +58,7 @@ def capture_contrast(
     sites: Sequence[Site],
     rows: Bool[Tensor, "batch seq"] | None,
     section: ContrastSection,
+    name: str = "extract",
 ) -> dict[Site, Tensor]:
     """Return δ at some sites.
 
@@ -82,6 +71,7 @@ def capture_contrast(
         sites: Where to look; each once.
         rows: Keep only these tokens, in row-major order; None keeps all, padding included.
         section: What is off, and where.
+        name: The section of the settings that messages name.
 
     Returns:
         For each site [batch, seq, d_model], or [rows, d_model] if `rows` is given, in float32, on
@@ -92,8 +82,8 @@ def capture_contrast(
             the model computes.
         MismatchError: If the family has no such part, or nothing that the method could turn off.
     """
-    decoder = require_contrast(model, sites, section)
-    switch = make_switch(decoder.blocks, batch, layers_of(sites), section.method)
+    decoder = require_contrast(model, sites, section, name)
+    switch = make_switch(decoder.blocks, batch, layers_of(sites), section.method, name)
     with switch.watching():
         if section.scope == "per_layer":
             delta = TwiceComputed(decoder, batch, sites, rows, switch).read()
@@ -108,9 +98,15 @@ def capture_contrast(
 
 
 def require_contrast(
-    model: ModelAdapter, sites: Sequence[Site], section: ContrastSection
+    model: ModelAdapter, sites: Sequence[Site], section: ContrastSection, name: str = "extract"
 ) -> TransformerModel:
     """Return the model if δ can be measured at the sites.
+
+    Args:
+        model: The model.
+        sites: Where to look; each once.
+        section: What is off, and where.
+        name: The section of the settings that messages name, such as `encode`.
 
     Raises:
         ConfigError: If a layer is out of range, a site occurs twice, or δ is zero there whatever
@@ -127,7 +123,7 @@ def require_contrast(
         raise MismatchError(
             f"{model.name} is read by {type(model).__name__}, which knows of no attention that "
             "could be turned off.",
-            then="Set extract.contrast.method=none.",
+            then=f"Set {name}.contrast.method=none.",
         )
     for site in sites:
         model._place(site)
@@ -135,15 +131,15 @@ def require_contrast(
             raise ConfigError(
                 f"δ at {site} is zero whatever the model computes: with scope per_layer only the "
                 f"attention of layer {site.layer} is off, and {site.part} does not depend on it.",
-                then="Set extract.hook_point to resid_post or post_attn_resid (attn_out where "
-                "attention and MLP run in parallel), or extract.contrast.scope=joint.",
+                then=f"Set {name}.hook_point to resid_post or post_attn_resid (attn_out where "
+                f"attention and MLP run in parallel), or {name}.contrast.scope=joint.",
             )
-    _require_method(model, layers_of(sites), section)
+    _require_method(model, layers_of(sites), section, name)
     return model
 
 
 def _require_method(
-    model: TransformerModel, layers: Sequence[int], section: ContrastSection
+    model: TransformerModel, layers: Sequence[int], section: ContrastSection, name: str
 ) -> None:
     cross = cross_layers(model.blocks)
     if section.method == "cross_attention":
@@ -151,15 +147,16 @@ def _require_method(
             raise MismatchError(
                 f"{model.name} ({model.info.architecture}) has no cross-attention layers to turn "
                 "off: what it reads of an image stands in the sequence.",
-                then="Set extract.contrast.method=knockout for the image's share, or "
+                then=f"Set {name}.contrast.method=knockout for the image's share, or "
                 "zero_attention for all that attention adds.",
             )
         without = [layer for layer in layers if layer not in cross]
         if without and (section.scope == "per_layer" or len(without) == len(layers)):
             raise MismatchError(
-                f"{_named(without)} of {model.name} {'has' if len(without) == 1 else 'have'} no "
-                f"cross-attention: it is in {_named(cross)}.",
-                then=f"Set extract.layers to some of {cross}; with extract.contrast.scope=joint "
+                f"{named_layers(without)} of {model.name} "
+                f"{'has' if len(without) == 1 else 'have'} no cross-attention: it is in "
+                f"{named_layers(cross)}.",
+                then=f"Set {name}.layers to some of {cross}; with {name}.contrast.scope=joint "
                 "other layers may be read beside them.",
             )
         return
@@ -167,7 +164,7 @@ def _require_method(
         raise MismatchError(
             f"{model.name} ({model.info.architecture}) keeps the image beside the sequence, so no "
             "token of the image could be hidden from the text.",
-            then="Set extract.contrast.method=cross_attention.",
+            then=f"Set {name}.contrast.method=cross_attention.",
         )
     for layer in range(layers[-1] + 1) if section.method == "knockout" else layers:
         if layer in cross:
@@ -177,7 +174,7 @@ def _require_method(
         except MismatchError as error:
             raise MismatchError(
                 f"{section.method} needs the attention of each layer by itself. {error.message}",
-                then="Set extract.contrast.method=none, or use a family of docs/families.md.",
+                then=f"Set {name}.contrast.method=none, or use a family of docs/families.md.",
             ) from None
 
 
@@ -193,194 +190,6 @@ def layers_of(sites: Iterable[Site]) -> list[int]:
     return sorted({site.layer for site in sites})
 
 
-def _named(layers: Sequence[int]) -> str:
+def named_layers(layers: Sequence[int]) -> str:
+    """Return some layers in words."""
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
-@dataclass(frozen=True)
-class ContrastCheck:
-    """What the self-check of a contrast measured."""
-
-    rounding: Mapping[Site, float]
-    """How much of ‖δ‖ the number format's rounding of both activations comes to, in the text."""
-    image_seen: float | None
-    """By how much another image moves a token of the text behind it at one of the sites, of its
-    norm, at most; None where that cannot be tried."""
-    image_seen_when_off: float | None
-    """The same with every layer up to the deepest site off."""
-
-
-def check_contrast(
-    model: ModelAdapter, batch: TokenBatch, sites: Sequence[Site], section: ContrastSection
-) -> ContrastCheck:
-    """Check on a first batch that a contrast measures what it says.
-
-    δ must not be zero at any site. With `per_layer`, that of the deepest layer must be what two
-    forward passes give. For `knockout` and `cross_attention`, another image of equal size must
-    leave the text behind it as it was once all layers up to the deepest are off. Three to seven
-    forward passes.
-
-    Args:
-        model: The model.
-        batch: What it is about to read; two examples are enough.
-        sites: Where δ is to be measured.
-        section: What is off, and where.
-
-    Raises:
-        ConfigError: As `capture_contrast`.
-        MismatchError: If a check fails; it names the layer and the likely cause.
-    """
-    decoder = require_contrast(model, sites, section)
-    delta = capture_contrast(model, batch, sites, batch.mask, section)
-    deepest = max(site.layer for site in sites)
-    switch = make_switch(decoder.blocks, batch, range(deepest + 1), section.method)
-    with switch.watching():
-        on = decoder.capture(batch, sites, batch.mask)
-        _refuse_no_effect(decoder, batch, on, delta, section)
-        if section.scope == "per_layer":
-            _compare_with_two_passes(decoder, batch, on, delta, switch)
-        seen = seen_when_off = None
-        other = _with_another_image(batch)
-        text = batch.mask & ~batch.image & (batch.image.cumsum(dim=1) > 0)
-        if section.method != "zero_attention" and other is not None and text.any():
-            seen = _largest_change(decoder, (batch, other), sites, text)
-            with switch.off(switch.modules):
-                seen_when_off = _largest_change(decoder, (batch, other), sites, text)
-            _refuse_other_ways(decoder, deepest, seen, seen_when_off)
-    told = ~batch.special[batch.mask]
-    rounding = {site: _rounding_in_text(on[site], delta[site], told) for site in sites}
-    for site, share in rounding.items():
-        if share > MUCH_ROUNDING:
-            log.warning(
-                "rounding to %s comes to %.0f %% of δ at %s; set model.dtype=float32 to measure it "
-                "more finely", str(decoder.dtype).removeprefix("torch."), 100 * share, site,
-            )  # fmt: skip
-    return ContrastCheck(rounding, seen, seen_when_off)
-
-
-def rounding_share(h: Float[Tensor, "rows d_model"], delta: Float[Tensor, "rows d_model"]) -> float:
-    """Return how large the rounding of two activations like `h` is beside their difference."""
-    return float(rounding_of(h).norm() / delta.norm())
-
-
-def rounding_of(h: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-    """Return by how much the rounding of two activations like `h` moves their difference.
-
-    The error of a rounded number is spread evenly over one step of its format, so it is step/√12 in
-    the root mean square.
-    """
-    _, exponent = torch.frexp(h.float())
-    step = torch.ldexp(
-        torch.full_like(h, torch.finfo(h.dtype).eps, dtype=torch.float32), exponent - 1
-    )
-    return (2 / 12) ** 0.5 * step
-
-
-def _rounding_in_text(
-    h: Float[Tensor, "rows d_model"],
-    delta: Float[Tensor, "rows d_model"],
-    text: Bool[Tensor, "rows"],
-) -> float:
-    """Return `rounding_share` of the text tokens that have a δ; of all, if none has.
-
-    A BOS is mostly not kept, and may be so large that it rounds in far larger steps than the text.
-    """
-    moved = text.to(delta.device) & delta.any(dim=-1)
-    return rounding_share(h[moved], delta[moved]) if moved.any() else rounding_share(h, delta)
-
-
-def _refuse_no_effect(
-    model: TransformerModel,
-    batch: TokenBatch,
-    on: Mapping[Site, Tensor],
-    delta: Mapping[Site, Tensor],
-    section: ContrastSection,
-) -> None:
-    none = [site for site in delta if delta[site].norm() <= NO_EFFECT * on[site].float().norm()]
-    if not none:
-        return
-    site, layers = none[0], layers_of(none)
-    cause, then = cause_of_no_effect(model, batch, site, layers_of(delta), section.method)
-    raise MismatchError(
-        f"the intervention had no effect at {_named(layers)}: at {site}, ‖δ‖ is "
-        f"{float(delta[site].norm()):.2g} and ‖h‖ {float(on[site].float().norm()):.2g}. {cause}",
-        then=then,
-    )
-
-
-def _compare_with_two_passes(
-    model: TransformerModel,
-    batch: TokenBatch,
-    on: Mapping[Site, Tensor],
-    delta: Mapping[Site, Tensor],
-    switch: Switch,
-) -> None:
-    deepest = max(site.layer for site in delta)
-    sites = [site for site in delta if site.layer == deepest]
-    with switch.off([deepest]):
-        off = model.capture(batch, sites, batch.mask)
-    for site in sites:
-        gap = (on[site].float() - off[site].float() - delta[site]).norm(dim=-1)
-        size = delta[site].norm(dim=-1)
-        # Token by token: the first one's norm may be a hundred times the others', and hide them.
-        rounding = ROUNDINGS * rounding_of(on[site]).norm(dim=-1)
-        none_at_all = NO_EFFECT * on[site].float().norm(dim=-1)
-        allowed = WRONG_SHARE * size + torch.maximum(rounding, none_at_all)
-        if (gap > allowed).any():
-            worst = int((gap - allowed).argmax())
-            raise MismatchError(
-                f"δ at {site} cannot be measured by computing the layer again: from that of a "
-                f"whole pass with it off it differs by {float(gap[worst]):.2g} at a token where "
-                f"‖δ‖ is {float(size[worst]):.2g}, in {model.name} ({model.info.architecture}).",
-                then="Set extract.contrast.scope=joint with this layer alone.",
-            )
-
-
-def _with_another_image(batch: TokenBatch) -> TokenBatch | None:
-    """Return the batch with noise for pixels; None if it holds none.
-
-    Zeros stay: images of zeros alone fill up an example with fewer, and models leave them out.
-    """
-    stream, others = torch.Generator().manual_seed(0), {}
-    for name, x in batch.inputs.items():
-        if isinstance(x, Tensor) and x.is_floating_point():
-            noise = torch.randn(x.shape, generator=stream).to(x)
-            others[name] = torch.where(x != 0, noise, x)
-    return replace(batch, inputs={**batch.inputs, **others}) if others else None
-
-
-def _largest_change(
-    model: TransformerModel,
-    batches: tuple[TokenBatch, TokenBatch],
-    sites: Sequence[Site],
-    rows: Bool[Tensor, "batch seq"],
-) -> float:
-    one, other = (model.capture(batch, sites, rows) for batch in batches)
-    moved = [(one[s].float() - other[s].float()).norm(dim=-1) for s in sites]
-    return max(
-        float((gap / one[s].float().norm(dim=-1)).nan_to_num().max())
-        for gap, s in zip(moved, sites, strict=True)
-    )
-
-
-def _refuse_other_ways(
-    model: TransformerModel, deepest: int, seen: float, seen_when_off: float
-) -> None:
-    rounding = max(torch.finfo(model.dtype).eps, FINEST)
-    # What is seen is little in the first layers, so that a share of it must be left out there.
-    if seen_when_off > min(_allowed(model), max(rounding, LEFT_OVER * seen)):
-        raise MismatchError(
-            f"with all layers up to {deepest} off, another image still moves the text behind it by "
-            f"{seen_when_off:.2g} of its norm ({seen:.2g} with them on): {model.name} "
-            f"({model.info.architecture}) takes the image to the text in another way too.",
-            then="Use a family of docs/families.md, or extract.contrast.method=zero_attention.",
-        )
-    if seen <= rounding:
-        log.warning(
-            "another image moves the text of %s by %.2g of its norm only, with nothing off: what "
-            "δ holds does not depend on the image (is its projector trained?)", model.name, seen,
-        )  # fmt: skip
-
-
-def _allowed(model: TransformerModel) -> float:
-    return min(100 * torch.finfo(model.dtype).eps, 0.02)

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from saefty.errors import MismatchError
 from saefty.models.base import MODEL_FAMILIES, Intervention, Positions, TokenBatch
-from saefty.models.batching import whole_pass
+from saefty.models.batching import attended, whole_pass
 from saefty.models.chat import with_response
 from saefty.models.checkpoint import (
     ModelInfo,
@@ -35,7 +34,7 @@ from saefty.models.checkpoint import (
 )
 from saefty.models.hooks import capturing, place_of
 from saefty.models.replies import check_logits, check_prompts, choose, joined, stream
-from saefty.models.transformer import TransformerModel
+from saefty.models.shared import SharedPrompts
 from saefty.records import PARTS, Example, Site, as_examples
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ BETWEEN = ("post_attn_resid", "post_attn_ln")  # the parts between attention and
 
 
 @MODEL_FAMILIES.register("decoder")
-class Decoder(TransformerModel):
+class Decoder(SharedPrompts):
     """A causal language model.
 
     Args:
@@ -67,6 +66,8 @@ class Decoder(TransformerModel):
         # What a pass without a cache that was not started here read, and how much of it was given.
         self._observed: tuple[Tensor, int] | None = None
         self._unreadable = self._check_parts()
+        # Tokens of an image may read each other, and in some families those of a prompt.
+        self._looks_ahead = hasattr(model.config, "vision_config")
 
     @staticmethod
     def claims(config: Any) -> bool:
@@ -93,7 +94,8 @@ class Decoder(TransformerModel):
     def _read(self, batch: TokenBatch) -> Any:
         positions = whole_pass(batch)
         beside = self._beside(batch, positions)
-        return self._forward(batch.ids, batch.mask, positions, use_cache=False, **beside)
+        mask = attended(batch, looks_ahead=self._looks_ahead)
+        return self._forward(batch.ids, mask, positions, use_cache=False, **beside)
 
     def _beside(self, batch: TokenBatch, positions: Positions) -> dict[str, Any]:
         """Return what a forward pass takes beside tokens, by the model's argument names.
@@ -131,6 +133,8 @@ class Decoder(TransformerModel):
             ConfigError: If the layer is out of range.
             MismatchError: If the family does not have the part.
         """
+        if not self._edits:
+            _ = self.shares_prompts  # tried before an edit could see it
         self._observed = None
         handle = self._stack.register_forward_pre_hook(self._observe, with_kwargs=True)
         try:
@@ -155,13 +159,19 @@ class Decoder(TransformerModel):
             InputError: If a prompt is empty, longer than the context or has no readable image.
             NumericError: If the logits of a row hold NaN or infinity; it names the step.
         """
-        items = self.tokenize([with_response(example, None) for example in as_examples(examples)])
-        check_prompts(items, self.info)
+        given = as_examples(examples)
+        distinct = {id(one): one for one in given}  # one object stands for many rows of a grid
+        read = self.tokenize([with_response(one, None) for one in distinct.values()])
+        check_prompts(read, self.info)
+        item_of = dict(zip(distinct, read, strict=True))
+        items = [item_of[id(one)] for one in given]
         order = sorted(range(len(items)), key=lambda i: (-len(items[i].ids), i))
         replies = [""] * len(items)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            streams = [stream(seed, items[i].example.id) for i in chosen]
+            names = [items[i].example.id for i in chosen]
+            own = {name: stream(seed, name) for name in names}
+            streams = [own[name] for name in names]
             batch = self.collate([items[i] for i in chosen], side="left")
             rows = torch.tensor(chosen, device=self.device)
             new = self._continue(batch, rows, max_new_tokens, temperature, streams, cache)
@@ -189,8 +199,10 @@ class Decoder(TransformerModel):
         alive = [r > 0 for r in room]
         ids, mask, cache = batch.ids, batch.mask, None
         positions = replace(whole_pass(batch), rows=rows)
+        alike = use_cache and any(alive) and self.begins_alike(batch)
+        begun = self.begin(batch, positions, max(room)) if alike else None
         while any(alive):
-            output = self._forward(
+            output = begun or self._forward(
                 ids,
                 mask,
                 positions,
@@ -199,6 +211,7 @@ class Decoder(TransformerModel):
                 logits_to_keep=1,
                 **self._beside(batch, positions),
             )
+            begun = None
             cache = getattr(output, "past_key_values", None) if use_cache else None
             if use_cache and cache is None:
                 raise MismatchError(
@@ -306,24 +319,6 @@ class Decoder(TransformerModel):
             )
         return place
 
-    @cached_property
-    def causal(self) -> bool:
-        """Whether a token's activations depend on it and those before it alone.
-
-        Tried on four tokens: another last one must leave the others as they were. Rotary angles
-        that depend on the length of what is read are told by the configuration.
-        """
-        if _depends_on_length(getattr(self.config, "rope_parameters", None)):
-            return False
-        last = Site(self.n_layers - 1)
-        places = [(last, *super()._place(last))]
-        one, other = (
-            self._read_ids(places, ids)[last].float()[0, :3] for ids in ([0, 1, 2, 3], [0, 1, 2, 4])
-        )
-        allowed = min(1000 * torch.finfo(self.dtype).eps, 0.02)  # experts see other batches
-        # Token by token: the first one's norm may be a hundred times the others'.
-        return bool(((one - other).norm(dim=1) <= allowed * one.norm(dim=1)).all())
-
     def _read_ids(
         self, places: Sequence[tuple[Site, nn.Module, Literal["in", "out"]]], ids: list[int]
     ) -> dict[Site, Tensor]:
@@ -383,11 +378,3 @@ def _gap(terms: Sequence[Tensor], total: Tensor, dtype: torch.dtype) -> float:
     rounding = torch.finfo(dtype).eps * (terms[0].norm() + total.norm())
     missed = (sum(terms[1:], start=terms[0]) - total).norm() - rounding
     return float(missed / (total - terms[0]).norm().clamp(min=1e-9))
-
-
-def _depends_on_length(rope: Any) -> bool:
-    """Return whether rotary angles are chosen by how long the text is that is read."""
-    if not isinstance(rope, dict):
-        return False
-    kind = rope.get("rope_type") or rope.get("type")
-    return kind in {"dynamic", "longrope"} or any(map(_depends_on_length, rope.values()))

@@ -12,6 +12,7 @@ norm, and the first call with it installs hooks that run before an edit register
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ NORM_NAMES = (  # of the norm that the MLP reads
 PARALLEL_FAMILIES = ("gptj", "phi", "cohere", "codegen", "gpt_neox", "falcon")
 
 
+_is_aside: ContextVar[bool] = ContextVar("_is_aside", default=False)
+
+
 class Captured(Exception):  # noqa: N818 - a signal that everything asked for is there, no error
     """Raised inside a forward pass to stop it after the deepest site."""
 
@@ -53,6 +57,21 @@ class Layout:
     """`mlp_in` is a norm, whose output the MLP reads; otherwise the MLP itself."""
     parallel: bool
     """Attention and MLP read the same residual: there is no place between them."""
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let parts of a model be computed beside the pass that runs: nobody who reads it sees them."""
+    token = _is_aside.set(True)
+    try:
+        yield
+    finally:
+        _is_aside.reset(token)
+
+
+def is_aside() -> bool:
+    """Return whether what is computed now is no part of the pass that runs."""
+    return _is_aside.get()
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -153,10 +172,12 @@ def reading(
         for site, module, end in places:
 
             def read_output(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
-                see(site, first_tensor(output))
+                if not is_aside():
+                    see(site, first_tensor(output))
 
             def read_input(_: nn.Module, args: Any, kwargs: Any, site: Site = site) -> None:
-                see(site, hidden_input(args, kwargs))
+                if not is_aside():
+                    see(site, hidden_input(args, kwargs))
 
             if end == "out":
                 hooks.enter_context(_removing(module.register_forward_hook(read_output)))

@@ -118,6 +118,8 @@ class _Draft:
     """Where the marker begins, in both."""
     added: str = ""
     """What stands in its place in `full`."""
+    patches: int = 0
+    """Patches that the image is cut into."""
     problem: str | None = None
     """Why the image cannot be read, or does not fit the text."""
 
@@ -165,7 +167,7 @@ class ImageTextEncoder(TextEncoder):
             problem = f"{OF_TEXT}has {count} image markers ({marker}) for one image"
             return _Draft(written, written, problem=problem)
         try:
-            added = self.images.tokens_of(*load_image(example.image).size)
+            added, patches = self.images.made_of(*load_image(example.image).size)
         except BadImageError as error:
             return _Draft(written, written, problem=error.message)
         except ValueError as error:  # Qwen-VL's of a picture 200 times as long as it is wide, say
@@ -177,7 +179,8 @@ class ImageTextEncoder(TextEncoder):
             (a + shift * (a >= end), b + shift * (b >= end), role) for a, b, role in written.parts
         )
         text = written.text[:start] + added + written.text[end:]
-        return _Draft(written, Rendered(text, parts, written.templated), start, added)
+        full = Rendered(text, parts, written.templated)
+        return _Draft(written, full, start, added, patches)
 
     def _finish(
         self,
@@ -241,6 +244,7 @@ class ImageTextEncoder(TextEncoder):
             special=special,
             status=status,
             reason=reason,
+            patches=draft.patches,
         )
 
 

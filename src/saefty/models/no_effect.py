@@ -9,7 +9,12 @@ from saefty.records import Site
 
 
 def cause_of_no_effect(
-    model: TransformerModel, batch: TokenBatch, site: Site, layers: Sequence[int], method: str
+    model: TransformerModel,
+    batch: TokenBatch,
+    site: Site,
+    layers: Sequence[int],
+    method: str,
+    name: str = "extract",
 ) -> tuple[str, str]:
     """Return why δ may be zero at a site, and what to do then.
 
@@ -19,12 +24,13 @@ def cause_of_no_effect(
         site: Where δ is zero.
         layers: What is off.
         method: How.
+        name: The section of the settings that the advice names.
     """
-    other_layers = "Take other layers in extract.layers."
+    other_layers = f"Take other layers in {name}.layers."
     if method != "zero_attention" and not batch.image.any():
         return (
             f"No token of the {len(batch.items)} examples of the first batch stands for an image.",
-            "Set data.image to the column of the images, or extract.contrast.method="
+            f"Set data.image to the column of the images, or {name}.contrast.method="
             "zero_attention for texts.",
         )
     if method == "knockout" and not (batch.image.cumsum(1) > 0)[batch.mask & ~batch.image].any():

@@ -129,7 +129,8 @@ class ImageReader:
         name: The model's name, for messages.
 
     Attributes:
-        marker: What stands for an image in a text; the processor puts `tokens_of` in its place.
+        marker: What stands for an image in a text; the processor puts the text of `made_of` in its
+            place.
         token_id: The token whose embedding is replaced by a part of the image.
     """
 
@@ -140,14 +141,28 @@ class ImageReader:
         named = getattr(config, "image_token_id", None)
         self.token_id: int = config.image_token_index if named is None else named
         self._options = dict(getattr(processor, "images_kwargs", {}))
-        self.tokens_of = lru_cache(maxsize=SIZES_KEPT)(self._tokens_of)
+        self._patch = getattr(config.vision_config, "patch_size", None)
+        self.made_of = lru_cache(maxsize=SIZES_KEPT)(self._made_of)
 
-    def _tokens_of(self, width: int, height: int) -> str:
-        """Return the text that takes a marker's place for an image of this size, in pixels."""
+    def _made_of(self, width: int, height: int) -> tuple[str, int]:
+        """Return what is made of an image of this size, in pixels.
+
+        Returns:
+            The text that takes a marker's place, and how many patches the image is cut into, those
+            of all its tiles; 0 where that is not known.
+        """
         from PIL import Image
 
         processed = self._processed([Image.new("RGB", (width, height))])
-        return self.processor.replace_image_token(processed, image_idx=0)
+        return self.processor.replace_image_token(processed, image_idx=0), self._patches(processed)
+
+    def _patches(self, processed: Any) -> int:
+        grid, pixels = processed.get("image_grid_thw"), processed.get("pixel_values")
+        if grid is not None:
+            return int(grid.prod())
+        if not isinstance(pixels, Tensor) or pixels.ndim < 4 or not isinstance(self._patch, int):
+            return 0
+        return pixels.numel() // (pixels.shape[-3] * self._patch**2)
 
     def laid_out(self, text: str) -> str:
         """Return a text with one marker as the processor lays it out: with a BOS behind it, say."""

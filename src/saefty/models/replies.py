@@ -45,7 +45,9 @@ def choose(
     if temperature == 0:
         return logits.argmax(dim=-1)
     sums = (logits.cpu().double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    draws = torch.stack([torch.rand(1, generator=s, dtype=torch.float64) for s in streams])
+    own = {id(one): one for one in streams}  # rows that share a stream draw the same number
+    drawn = {name: torch.rand(1, generator=s, dtype=torch.float64) for name, s in own.items()}
+    draws = torch.stack([drawn[id(one)] for one in streams])
     return torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
 
 

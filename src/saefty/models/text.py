@@ -46,6 +46,8 @@ class TextEncoder:
         self.max_length = max_length
         self.bos = tokenizer.bos_token_id
         self.special_ids = find_special_ids(tokenizer)
+        self._is_special = np.zeros(max(len(tokenizer), 1 + max(self.special_ids, default=0)), bool)
+        self._is_special[self.special_ids] = True
         self.render = ChatRenderer(tokenizer, name)
 
     def __call__(
@@ -113,7 +115,7 @@ class TextEncoder:
         ids = np.array(id_list, dtype=np.int32)
         offsets = np.array(offset_list, dtype=np.int32).reshape(-1, 2)
         ids, offsets = self._with_one_bos(ids, offsets, add=not rendered.templated)
-        special = np.isin(ids, self.special_ids)
+        special = self._is_special[ids]
         offsets = self._untrimmed(ids, offsets, special)
         roles = _roles(rendered, offsets, special)
         response_start, straddles = self._response(rendered, offsets)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saefty.models.base import (
@@ -61,6 +62,10 @@ class TransformerModel(ModelAdapter):
     def _place(self, site: Site) -> tuple[nn.Module, Literal["in", "out"]]:
         """Return where a site is read, or refuse it with the reason."""
         return place_of(site, self.blocks[site.layer], self.config)
+
+    def image_tokens(self, ids: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+        """Return which tokens stand for an image."""
+        return torch.zeros_like(ids, dtype=torch.bool)
 
     def release(self) -> None:
         """Let go of the weights; tokenising goes on."""

@@ -64,6 +64,10 @@ class VisionDecoder(Decoder):
         self._stack = model.base_model  # what is called with ids; the text model gets embeddings
         self._takes.add("use_cache")  # some take it among others, and would fill a cache
 
+    def image_tokens(self, ids: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+        """Return which tokens stand for an image: none else has their id, and no reply holds it."""
+        return ids == self.images.token_id
+
     @staticmethod
     def claims(config: Any) -> bool:
         """Return whether a checkpoint holds a vision-language model with its head."""

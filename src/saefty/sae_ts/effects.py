@@ -3,10 +3,11 @@
     plan.safetensors     the vectors, norm 1, fixed before the first rollout
     plan.json            their scale, how it was found, how many share a batch
     baseline.safetensors mean latents without steering
-    pieces/NNNNN.safetensors  mean latents under the vectors of one batch, as compressed rows
+    pieces/NNNNN.safetensors  mean latents under some vectors in some rollouts, as compressed rows
 
 Latents that never fire take no room, so the memory is that of what moved. A piece is named by the
-plan and committed whole: a run that was cut short measures the pieces that are missing.
+plan and committed whole: a run that was cut short measures the pieces that are missing. Which
+vectors and which rollouts a piece is about follows from its number (`pieces_of`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -148,6 +149,27 @@ def read_plan(folder: Path) -> tuple[Float[np.ndarray, "vectors d_model"], dict[
     return np.array(TensorFile(folder / PLANNED).array("vectors")), facts
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Vectors and rollouts that are measured together: first ones, and those behind the last."""
+
+    index: int
+    vectors: tuple[int, int]
+    rollouts: tuple[int, int]
+
+
+def pieces_of(facts: Mapping[str, Any], vectors: int) -> list[Piece]:
+    """Return the pieces of a plan: for each group of vectors its rollouts, a few at a time."""
+    size, total = int(facts["batch_vectors"]), int(facts.get("rollouts", 1))
+    each = int(facts.get("piece_rollouts", total))  # plans of old: all rollouts in one piece
+    spans = [
+        ((first, min(first + size, vectors)), (begin, min(begin + each, total)))
+        for first in range(0, vectors, size)
+        for begin in range(0, total, each)
+    ]
+    return [Piece(index, *span) for index, span in enumerate(spans)]
+
+
 def piece_path(folder: Path, index: int) -> Path:
     """Return where a piece lies."""
     return folder / PIECES / f"{index:05d}.safetensors"
@@ -199,10 +221,15 @@ def read_effects(folder: Path) -> Effects:
         IntegrityError: If a file is missing or damaged.
     """
     vectors, facts = read_plan(folder)
-    d_sae, size = int(facts["d_sae"]), int(facts["batch_vectors"])
-    read = [read_means(piece_path(folder, n), d_sae) for n in range(-(-len(vectors) // size))]
-    steered = sp.vstack([rows for rows, _ in read], format="csr")
-    tokens = np.concatenate([counts for _, counts in read])
+    d_sae = int(facts["d_sae"])
+    tokens = np.zeros(len(vectors), dtype=np.int64)
+    parts: dict[int, list[sp.csr_matrix]] = {}
+    for piece in pieces_of(facts, len(vectors)):
+        means, counts = read_means(piece_path(folder, piece.index), d_sae)
+        parts.setdefault(piece.vectors[0], []).append(sp.diags(counts.astype(np.float64)) @ means)
+        tokens[slice(*piece.vectors)] += counts
+    sums = sp.vstack([sum(group[1:], start=group[0]) for group in parts.values()], format="csr")
+    steered = sp.csr_matrix(sp.diags(1 / np.maximum(tokens, 1)) @ sums)
     baseline, _ = read_means(folder / BASELINE, d_sae)
     spoke = np.flatnonzero(tokens > 0)
     return Effects(

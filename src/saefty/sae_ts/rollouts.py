@@ -1,10 +1,10 @@
 """What steering with a vector does to the latents of the text that a model writes.
 
-Many vectors are tried at once: one batch holds every vector's rollouts, each row steered by its own
-vector. Rollout r of each vector starts from the same prompt and draws from the same stream of
-random numbers, so that two vectors differ by what they do and not by luck, and a vector of zeros
-does nothing at all. The text is then read again by the model *without* steering: the latents are
-those of what was written, not the vector's own shadow in them.
+Many vectors are tried at once: a batch holds one rollout of every vector, each row steered by its
+own, so that the prompt they share is read once. Rollout r of each vector starts from the same
+prompt and draws from the same stream of random numbers, so that two vectors differ by what they do
+and not by luck, and a vector of zeros does nothing at all. The text is then read again by the model
+*without* steering: the latents are those of what was written, not the vector's own shadow in them.
 """
 
 from collections.abc import Sequence
@@ -91,10 +91,8 @@ def roll_out(
     Returns:
         Texts, for each rollout those of all vectors in order: text n is of vector n % vectors.
     """
-    count = 1 if vectors is None else len(vectors)
-    rows = [row for row in rollouts.rows for _ in range(count)]
 
-    def generate() -> list[str]:
+    def generate(rows: Sequence[Example]) -> list[str]:
         return model.generate(
             rows,
             max_new_tokens=rollouts.max_new_tokens,
@@ -104,10 +102,12 @@ def roll_out(
         )
 
     if vectors is None:
-        return generate()
-    each = vectors.repeat(len(rollouts.rows), 1)
-    with model.intervene(site, steer(each, 1.0)):
-        return generate()
+        return generate(rollouts.rows)
+    texts: list[str] = []
+    with model.intervene(site, steer(vectors, [1.0] * len(vectors))):
+        for row in rollouts.rows:
+            texts += generate([row] * len(vectors))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -144,22 +144,21 @@ def mean_latents(
         count: Rows of the result.
     """
     asked = [with_response(*pair) for pair in zip(prompts, replies, strict=True)]
-    items = model.tokenize(asked)
-    usable = [n for n, item in enumerate(items) if item.status == "ok"]
     sums = torch.zeros(count * sae.d_sae, dtype=torch.float64)
     tokens = np.zeros(count, dtype=np.int64)
-    for batch in plan_batches([len(items[n].ids) for n in usable], READ_TOKENS, len(usable) or 1):
-        members = [usable[place] for place in batch]
-        read = model.collate([items[n] for n in members])
-        rows = _reply_tokens([items[n] for n in members], read.ids.shape[1])
-        x = model.capture(read, [site], rows=rows.to(read.ids.device))[site]
-        each = rows.sum(dim=1).numpy()
-        owner = torch.from_numpy(np.repeat(owners[members], each))
-        np.add.at(tokens, owners[members], each)
-        for part, whose in zip(x.split(ENCODED_ROWS), owner.split(ENCODED_ROWS), strict=True):
-            code = sae.encode_sparse(part.to(sae.W_enc.device))
-            place = whose.repeat_interleave(code.l0.cpu()) * sae.d_sae + code.indices.cpu().long()
-            sums.index_add_(0, place, code.values.cpu().double())
+    for start, stop in _runs(prompts):
+        items = model.tokenize(asked[start:stop])
+        usable = [n for n, item in enumerate(items) if item.status == "ok"]
+        lengths = [len(items[n].ids) for n in usable]
+        for batch in plan_batches(lengths, READ_TOKENS, len(usable) or 1):
+            members = [items[usable[place]] for place in batch]
+            whose = owners[start:stop][[usable[place] for place in batch]]
+            read = model.collate(members)
+            rows = _reply_tokens(members, read.ids.shape[1])
+            x = model.capture_behind(read, [site], rows.to(read.ids.device))[site]
+            each = rows.sum(dim=1).numpy()
+            np.add.at(tokens, whose, each)
+            _add(sums, sae, x, torch.from_numpy(np.repeat(whose, each)))
     means = sums.view(count, sae.d_sae).numpy()
     with np.errstate(invalid="ignore"):
         return MeanLatents(means / np.where(tokens > 0, tokens, np.nan)[:, None], tokens)
@@ -187,3 +186,24 @@ def _reply_tokens(items: Sequence[TokenizedExample], length: int) -> Tensor:
         own = (item.roles == ROLES.index("response")) & ~item.special
         rows[place, : len(own)] = torch.from_numpy(own)
     return rows
+
+
+def _runs(prompts: Sequence[Example]) -> list[tuple[int, int]]:
+    """Return where stretches of one prompt begin and end; prompts that differ make one together."""
+    edges = [n for n in range(1, len(prompts)) if prompts[n] is not prompts[n - 1]]
+    if len(edges) + 1 == len(prompts):
+        return [(0, len(prompts))] if prompts else []
+    return list(zip([0, *edges], [*edges, len(prompts)], strict=True))
+
+
+def _add(
+    sums: Float[Tensor, "owners_d_sae"],
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "rows d_model"],
+    owner: Int[Tensor, "rows"],
+) -> None:
+    """Add the latents of rows to the sums of their owners."""
+    for part, whose in zip(x.split(ENCODED_ROWS), owner.split(ENCODED_ROWS), strict=True):
+        code = sae.encode_sparse(part.to(sae.W_enc.device))
+        place = whose.repeat_interleave(code.l0.cpu()) * sae.d_sae + code.indices.cpu().long()
+        sums.index_add_(0, place, code.values.cpu().double())

@@ -114,6 +114,7 @@ class SparseAutoencoder(nn.Module):
             )
         self.config = config
         self.options = {**self.OPTIONS, **config.options}
+        self.prefixes = [config.d_sae]  # of how many latents each reconstruct by themselves
         self.site: Site | None = None
         self.site_out: Site | None = None  # where a transcoder's prediction belongs
         self.metadata: dict[str, Any] = {}
@@ -179,8 +180,7 @@ class SparseAutoencoder(nn.Module):
             NumericError: If they hold NaN or infinity.
         """
         rows = self._checked(x)
-        z = self.activate(affine(rows, self.W_enc, self.b_enc))
-        return z.view(*x.shape[:-1], self.d_sae)
+        return self.activate(affine(rows, self.W_enc, self.b_enc)).view(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> SparseCode:
@@ -341,8 +341,8 @@ class SparseAutoencoder(nn.Module):
         """How many dead latents learn from a row's residual: half of d_in unless set."""
         return self.d_in // 2 if self.config.aux_k is None else self.config.aux_k
 
-    def observe(self, code: SparseCode) -> None:
-        """Learn from a training batch's code what is not learnt by gradient; nothing here."""
+    def observe(self, code: SparseCode | None) -> None:
+        """Learn from a batch's code, if there is one, what no gradient teaches; nothing here."""
 
     def calibrate(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Set, after training, what depends on held-out rows; nothing here."""

@@ -5,10 +5,6 @@ at the end the threshold is set so that held-out rows have k firing latents on a
 keeps the moving average. What it shares with others of its kind is in `threshold.py`.
 """
 
-from jaxtyping import Float
-from torch import Tensor
-
-from saefty.kernels.base import SparseCode, SparseKernels
 from saefty.saes.base import ARCHITECTURES
 from saefty.saes.threshold import Thresholded
 
@@ -16,7 +12,3 @@ from saefty.saes.threshold import Thresholded
 @ARCHITECTURES.register("batch_topk")
 class BatchTopK(Thresholded):
     """The k · rows largest of a batch; a fixed threshold once trained."""
-
-    def training_code(self, x: Float[Tensor, "rows d_in"], kernels: SparseKernels) -> SparseCode:
-        """Select the k · rows largest of the batch."""
-        return kernels.batch_topk(x, self.W_enc, self.b_enc, self.config.k * len(x))

@@ -21,12 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saefty.kernels import pointwise
 from saefty.kernels.products import differentiable_decode
-from saefty.saes.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
+from saefty.saes.base import ARCHITECTURES, SaeConfig
+from saefty.saes.elementwise import Elementwise, Entries, Slopes
 
 
 @ARCHITECTURES.register("gated")
-class Gated(SparseAutoencoder):
+class Gated(Elementwise):
     """Magnitudes where gates are open.
 
     Its options are `l1`, the penalty's weight in units of scaled activations (mean squared norm
@@ -64,6 +66,60 @@ class Gated(SparseAutoencoder):
         del z
         weight = self.options["l1"] * self.penalty_share / self.d_in
         return weight * pre.relu().sum(dim=1).mean()
+
+    def floors(self) -> Float[Tensor, "d_sae"]:
+        """Return where gates open."""
+        return torch.zeros_like(self.b_enc)
+
+    def respond(self, entries: Entries) -> Float[Tensor, "*entries"]:
+        """Return the magnitudes of entries whose gates are open."""
+        raw = entries.pre - entries.of(self.b_enc)
+        magnitude = entries.of(self.r_mag.exp()) * raw + entries.of(self.b_mag)
+        return magnitude.relu() * (entries.pre > 0)
+
+    def opened(self, entries: Entries) -> Float[Tensor, "*entries"]:
+        """Return how far gates are open."""
+        return entries.pre.relu()
+
+    def both(
+        self, entries: Entries
+    ) -> tuple[Float[Tensor, "*entries"], Float[Tensor, "*entries"] | None]:
+        """Return both, read once."""
+        if entries.latents is None:
+            weights = (t.detach() for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
+            found = pointwise.gate(entries.pre, *weights)
+            if found is not None:
+                return found
+        return super().both(entries)
+
+    def slopes(
+        self,
+        entries: Entries,
+        z: Float[Tensor, "*entries"],
+        by_z: Float[Tensor, "*entries"],
+        by_opened: Float[Tensor, "*entries"] | None,
+    ) -> Slopes:
+        """Return the slopes of both paths; b_enc is the gates' alone."""
+        assert by_opened is not None, "the gates reconstruct"
+        weight = self.options["l1"] * self.penalty_share / self.d_in / entries.rows
+        if entries.latents is None:
+            scale, bias = self.r_mag.exp().detach(), self.b_enc.detach()
+            sums = pointwise.gate_slopes(entries.pre, z, scale, bias, weight, by_z, by_opened)
+            if sums is not None:
+                own = dict(zip(("b_enc", "b_mag", "r_mag"), sums, strict=False))
+                return Slopes(by_z, weight * sums[3].sum(), own)
+        is_open = entries.pre > 0
+        by_gate = (by_opened + weight) * is_open
+        by_magnitude = by_z * (z > 0)
+        scaled = by_magnitude * entries.of(self.r_mag.exp())
+        raw = entries.pre - entries.of(self.b_enc)
+        own = {
+            "b_enc": entries.totals(by_gate, self.d_sae),
+            "b_mag": entries.totals(by_magnitude, self.d_sae),
+            "r_mag": entries.totals(scaled * raw, self.d_sae),
+        }
+        penalty = weight * (entries.pre * is_open).sum()
+        return Slopes(scaled + by_gate, penalty, own)
 
     def revival(
         self,

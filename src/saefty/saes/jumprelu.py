@@ -25,12 +25,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saefty.kernels import pointwise
 from saefty.kernels.base import SparseCode, SparseKernels
-from saefty.saes.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
+from saefty.saes.base import ARCHITECTURES, SaeConfig
+from saefty.saes.elementwise import Elementwise, Entries, Slopes
+
+WINDOW = 0.501
+"""Half the window around θ, in bandwidths, and more than rounding can add to it."""
 
 
 @ARCHITECTURES.register("jumprelu")
-class JumpRelu(SparseAutoencoder):
+class JumpRelu(Elementwise):
     """Pre-activations above learnt thresholds.
 
     Its options are `l0`, the penalty's weight, `bandwidth` (ε) and `threshold`, where θ starts, all
@@ -77,6 +82,40 @@ class JumpRelu(SparseAutoencoder):
         """Return where θ learns from z: within half a bandwidth below it, too."""
         return pre > self.threshold - self.options["bandwidth"] / 2
 
+    def floors(self) -> Float[Tensor, "d_sae"]:
+        """Return where θ begins to learn."""
+        return self.threshold - self.options["bandwidth"] * WINDOW
+
+    def respond(self, entries: Entries) -> Float[Tensor, "*entries"]:
+        """Keep the same of entries."""
+        if entries.latents is None:
+            z = pointwise.jump(entries.pre, self.threshold.detach())
+            if z is not None:
+                return z
+        return entries.pre.relu() * (entries.pre > entries.of(self.threshold))
+
+    def slopes(
+        self,
+        entries: Entries,
+        z: Float[Tensor, "*entries"],
+        by_z: Float[Tensor, "*entries"],
+        by_opened: Float[Tensor, "*entries"] | None,
+    ) -> Slopes:
+        """Return the ordinary slopes, and what θ learns within the window around it."""
+        del z, by_opened
+        pre, threshold = entries.pre, entries.of(self.threshold)
+        weight = self.options["l0"] * self.penalty_share / self.d_in / entries.rows
+        if entries.latents is None:
+            width = self.options["bandwidth"]
+            sums = pointwise.jump_slopes(pre, threshold.detach(), width, weight, by_z)
+            if sums is not None:
+                return Slopes(by_z, weight * sums[1].sum(), {"threshold": sums[0]})
+        near = _near(pre, threshold, self.options["bandwidth"])
+        by_threshold = -entries.totals(near * (threshold * by_z + weight), self.d_sae)
+        by_pre = by_z * (pre > threshold.clamp(min=0))
+        penalty = weight * torch.count_nonzero(pre > threshold)
+        return Slopes(by_pre, penalty, {"threshold": by_threshold})
+
     def revival(
         self,
         pre: Float[Tensor, "rows dead"],
@@ -94,7 +133,7 @@ class JumpRelu(SparseAutoencoder):
         self.threshold.fill_(self.options["threshold"])
 
     @torch.no_grad()
-    def observe(self, code: SparseCode) -> None:
+    def observe(self, code: SparseCode | None) -> None:
         """Keep thresholds at 0 or above."""
         del code
         self.threshold.clamp_(min=0)
@@ -110,8 +149,8 @@ class JumpRelu(SparseAutoencoder):
 
 
 def _near(
-    pre: Float[Tensor, "rows d_sae"], threshold: Float[Tensor, "d_sae"], bandwidth: float
-) -> Float[Tensor, "rows d_sae"]:
+    pre: Float[Tensor, "*rows entries"], threshold: Float[Tensor, "entries"], bandwidth: float
+) -> Float[Tensor, "*rows entries"]:
     """Return K((pre - θ) / ε) / ε."""
     return ((pre - threshold).abs() < bandwidth / 2).to(pre) / bandwidth
 

@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefty.saes.base import ARCHITECTURES, SparseAutoencoder
+from saefty.saes.base import ARCHITECTURES
+from saefty.saes.elementwise import Elementwise, Entries, Slopes
 
 
 @ARCHITECTURES.register("relu")
-class Relu(SparseAutoencoder):
+class Relu(Elementwise):
     """All positive pre-activations.
 
     Its options are `l1`, the penalty's weight in units of scaled activations (mean squared norm
@@ -47,6 +48,29 @@ class Relu(SparseAutoencoder):
         del pre
         weight = self.options["l1"] * self.penalty_share / self.d_in
         return weight * (z @ self.W_dec.norm(dim=1)).mean()
+
+    def floors(self) -> Float[Tensor, "d_sae"]:
+        """Return where latents begin to fire."""
+        return torch.zeros_like(self.b_enc)
+
+    def respond(self, entries: Entries) -> Float[Tensor, "*entries"]:
+        """Keep what is positive."""
+        return entries.pre.relu()
+
+    def slopes(
+        self,
+        entries: Entries,
+        z: Float[Tensor, "*entries"],
+        by_z: Float[Tensor, "*entries"],
+        by_opened: Float[Tensor, "*entries"] | None,
+    ) -> Slopes:
+        """Return the slopes of the reconstruction and of the weighted L1 norm."""
+        del by_opened
+        weight = self.options["l1"] * self.penalty_share / self.d_in / entries.rows
+        norms = self.W_dec.norm(dim=1)
+        fired = weight * entries.totals(z, self.d_sae)
+        by_pre = (by_z + weight * entries.of(norms)) * (z > 0)
+        return Slopes(by_pre, fired @ norms, along_decoder=fired)
 
     def revival(
         self,

@@ -50,10 +50,14 @@ class Thresholded(SparseAutoencoder):
         kept[equal[: wanted - int(kept.sum())]] = True
         return pre.relu() * kept.view_as(pre)
 
+    def training_code(self, x: Float[Tensor, "rows d_in"], kernels: SparseKernels) -> SparseCode:
+        """Select the k · rows largest of the batch."""
+        return kernels.batch_topk(x, self.W_enc, self.b_enc, self.config.k * len(x))
+
     @torch.no_grad()
-    def observe(self, code: SparseCode) -> None:
+    def observe(self, code: SparseCode | None) -> None:
         """Move the threshold towards the batch's smallest selected value."""
-        if len(code.values) == 0:
+        if code is None or len(code.values) == 0:
             return
         least = code.values.min()
         started = bool(self.threshold[0] > 0)

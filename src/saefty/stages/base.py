@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saefty import fsio
+from saefty import fsio, matmul
 from saefty.data.base import DataSection, load_examples
 from saefty.engine import EngineSection, ThreadsSection
 from saefty.errors import ConfigError, InputError
@@ -60,17 +60,21 @@ def open_model(section: ModelSection, sites: Sequence[Site]) -> ModelAdapter:
 def settle_threads(section: ThreadsSection, folder: Path | None) -> int:
     """Set the number of torch's threads, on which the last bits of results depend; return it.
 
-    A run that is resumed keeps the number it was started with, unless another one is asked for;
-    then it is refused, as for any other setting.
+    They depend on what multiplies matrices too, which is settled with it. A run that is resumed
+    keeps what it was started with, unless something else is asked for, or its way to multiply is
+    less accurate here; then it is refused, as for any other setting.
 
     Args:
         section: The number asked for, if any.
         folder: The run's folder, if it may exist already.
     """
-    recorded = None
+    recorded = way = None
     if folder is not None and (folder / METADATA).exists():
-        inputs = read_metadata(folder)["inputs"]
+        metadata = read_metadata(folder)
+        inputs = metadata["inputs"]
         recorded = inputs.get("threads") or inputs.get("model", {}).get("threads")
+        way = metadata.get("matmul", {}).get("chosen", matmul.DEFAULT)
+    matmul.settle(way)
     threads = section.threads or recorded or torch.get_num_threads()
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
@@ -137,7 +141,13 @@ def _placeless(record: dict[str, Any]) -> dict[str, Any]:
 
 def model_inputs(model: ModelAdapter) -> dict[str, Any]:
     """Return what results depend on of a model: its files, not where they lie."""
-    return {key: value for key, value in model.provenance.items() if key not in ("name", "python")}
+    facts = {key: value for key, value in model.provenance.items() if key not in ("name", "python")}
+    return facts | arithmetic_inputs(model.device)
+
+
+def arithmetic_inputs(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Return what multiplies float32 matrices, where it is the CPU and not torch's default."""
+    return matmul.decisive() if torch.device(device).type == "cpu" else {}
 
 
 def load_saes(source: Path, layers: Sequence[int] | None = None) -> dict[int, SparseAutoencoder]:

@@ -7,6 +7,7 @@ steer vector --method sae_ts`.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from saefty.sae_ts.effects import (
     PLAN,
     Effects,
     Kind,
+    Piece,
     piece_path,
+    pieces_of,
     read_effects,
     read_means,
     read_plan,
@@ -57,6 +60,8 @@ log = logging.getLogger(__name__)
 
 SCALE_TEXTS, SCALE_VECTORS = 8, 16
 """How many are drawn to find the scale on."""
+PIECE_ROLLOUTS = 8
+"""Rollouts of each vector between two commits: what a run that is cut short loses at most."""
 KIND = "effects"
 
 
@@ -94,7 +99,7 @@ class EffectsSection(Config):
     """The vectors' length in units of the activations; None finds it by `loss_rise`."""
 
     batch_rows: int = Field(default=1024, gt=0)
-    """Texts written side by side."""
+    """Texts written side by side: one of each of so many vectors, from the same prompt."""
 
     seed: int = 0
     """Of the vectors and of sampling."""
@@ -179,7 +184,7 @@ def run(
             seed=section.seed,
         )
         steps = facts["scale"] * torch.from_numpy(vectors)
-        _measure(folder, model, sae, site, steps, rollouts, int(facts["batch_vectors"]))
+        _measure(folder, model, sae, site, steps, rollouts, pieces_of(facts, len(steps)))
         effects = read_effects(folder)
         current.ledger.ok = len(effects.vectors)
         current.ledger.failed.update({"wrote nothing": effects.silent} if effects.silent else {})
@@ -219,7 +224,9 @@ def _plan(
         "scale_texts": [one.id for one in some],
         "site": site.name,
         "d_sae": sae.d_sae,
-        "batch_vectors": max(1, section.batch_rows // section.rollouts),
+        "batch_vectors": _evenly(len(units), section.batch_rows),
+        "rollouts": section.rollouts,
+        "piece_rollouts": PIECE_ROLLOUTS,
         **sae_facts(sae),
         "model": model.name,
     }
@@ -233,13 +240,13 @@ def _measure(
     site: Site,
     steps: Float[Tensor, "vectors d_model"],
     rollouts: Rollouts,
-    size: int,
+    pieces: Sequence[Piece],
 ) -> None:
-    """Measure what is missing: the texts without steering, then those of each batch of vectors."""
-    pieces = {piece_path(folder, n): part for n, part in enumerate(steps.split(size))}
-    missing = [path for path in pieces if not path.exists()]
-    for path in pieces.keys() - set(missing):
-        read_means(path, sae.d_sae)  # a damaged piece stops the run before work is built on it
+    """Measure what is missing: the texts without steering, then those of each piece."""
+    missing = [piece for piece in pieces if not piece_path(folder, piece.index).exists()]
+    for piece in pieces:
+        if piece not in missing:  # a damaged piece stops the run before work is built on it
+            read_means(piece_path(folder, piece.index), sae.d_sae)
     if not (folder / BASELINE).exists():
         plain = measure(model, sae, site, None, rollouts)
         if not plain.tokens[0]:
@@ -248,11 +255,23 @@ def _measure(
                 then="Give prompts that the model continues.",
             )
         write_means(folder / BASELINE, plain)
-    done = len(steps) - sum(len(pieces[path]) for path in missing)
-    with progress("measuring effects", len(steps), "vectors", done) as bar:
-        for path in missing:
-            write_means(path, measure(model, sae, site, pieces[path], rollouts))
-            bar.advance(len(pieces[path]))
+    texts = {piece: _length(piece.vectors) * _length(piece.rollouts) for piece in pieces}
+    done = sum(texts.values()) - sum(texts[piece] for piece in missing)
+    with progress("measuring effects", sum(texts.values()), "texts", done) as bar:
+        for piece in missing:
+            some = replace(rollouts, rows=rollouts.rows[slice(*piece.rollouts)])
+            found = measure(model, sae, site, steps[slice(*piece.vectors)], some)
+            write_means(piece_path(folder, piece.index), found)
+            bar.advance(texts[piece])
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _evenly(count: int, most: int) -> int:
+    """Return the size of as few groups as hold `count`, none larger than `most`."""
+    return -(-count // -(-count // most))
 
 
 def _figures(effects: Effects) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from saefty.saes.base import SparseAutoencoder
 from saefty.space import feature_bytes, planned_rows
 from saefty.stages.base import (
     Outcome,
+    arithmetic_inputs,
     data_inputs,
     existing_folder,
     model_inputs,
@@ -144,7 +145,7 @@ def run(
     }
     threads = settle_threads(cfg.engine, existing_folder(cfg.run, "features"))
     if cfg.encode.store is not None:
-        inputs["threads"] = threads
+        inputs |= {"threads": threads, **arithmetic_inputs()}
         return _encode_store(cfg, chosen.placed("cpu"), inputs)
     assert cfg.model is not None  # the configuration has one source
     texts = open_data(cfg.data, examples)
@@ -153,7 +154,7 @@ def run(
     contrast = cfg.encode.contrast
     read = None
     if contrast.method != "none":
-        require_contrast(model, chosen.sites, contrast)
+        require_contrast(model, chosen.sites, contrast, cfg.encode.SECTION)
         read = contrast.model_dump()
     check_saes(chosen.records, model.d_model, model.name, read)
     chosen = chosen.placed(model.device)

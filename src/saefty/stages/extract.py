@@ -1,7 +1,9 @@
 """extract: run a model over a dataset and keep its activations."""
 
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 from pydantic import field_validator
 
 from saefty.config import Config, config_tree
@@ -31,6 +33,19 @@ class ExtractSection(ReadingSection):
 
     layers: tuple[int, ...]
     """Blocks to read, counted from 0."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the rows on disk; `auto` is what the model computes in (`model.dtype`), and
+    float32 for means and contrasts. float16 rounds more finely than bfloat16, but ends at 65,504:
+    a row beyond it counts as not finite (`nonfinite`)."""
+
+    def rows_dtype(self, computed: torch.dtype) -> torch.dtype:
+        """Return the number format of rows, of a model that computes in another one."""
+        if self.dtype == "auto":
+            return super().rows_dtype(computed)
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            self.dtype
+        ]
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -92,7 +107,7 @@ def run(
     with Run(folder, "extract", config_tree(cfg), inputs) as current:
         reading = prepare(model, chosen, cfg.extract, len(sites))
         current.ledger = reading.ledger
-        item_bytes = 4 if cfg.extract.in_float32 else model.dtype.itemsize
+        item_bytes = cfg.extract.rows_dtype(model.dtype).itemsize
         rows = planned_rows(reading, cfg.extract)
         current.require_space(activation_bytes(rows, model.d_model, len(sites), item_bytes))
         store = write_activations(

@@ -48,6 +48,7 @@ from saefty.steering import (
 from saefty.steering_compare_report import write_comparison
 from saefty.steering_compare_settings import CompareConfig, CompareSection
 from saefty.steering_comparison import Comparison, compare, two_sides
+from saefty.steering_inputs import tell_requests
 from saefty.steering_report import BROKE
 from saefty.steering_scores import check_judges, compares, judged, scores_of
 from saefty.steering_tables import OffTargets, WayFacts
@@ -141,6 +142,8 @@ def run(
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size
         )
+        doses = 1 + len(arms) * (len(alphas) - 1)  # all arms are the same at 0
+        tell_requests(settings, len(prompts), doses, settings.max_new_tokens)
         steered = replies_under(model, prompts, arms, alphas, sampling, folder / "replies")
         replies = steered.replies
         gather(folder / "replies.jsonl", prompts, steered)

@@ -23,7 +23,7 @@ from saefty.stages.base import (
     settle_threads,
 )
 from saefty.steering import Arm, Sampling, check_prompts, gather, replies_under
-from saefty.steering_inputs import Given, norms_of_one, off_scale
+from saefty.steering_inputs import Given, norms_of_one, off_scale, tell_requests
 from saefty.steering_report import BROKE, SweepResult, write_sweep
 from saefty.steering_scores import check_judges, compares, points_of, reasons, scores_of
 from saefty.steering_settings import SweepSection, alpha_grid
@@ -101,6 +101,8 @@ def run(
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size
         )
+        doses = 1 + len(arms) * (len(alphas) - 1)  # all arms are the same at 0
+        tell_requests(settings, len(prompts), doses, settings.max_new_tokens)
         steered = replies_under(model, prompts, arms, alphas, sampling, folder / "replies")
         gather(folder / "replies.jsonl", prompts, steered)
         scores = scores_of(settings, "steer", model, prompts, steered, folder / "scores")

@@ -17,7 +17,7 @@ other than zero; how strongly is its magnitude.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -92,6 +92,7 @@ class FeatureStore(StoreReader):
         self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
         self.codes: tuple[Key, ...] = tuple(self.manifest.get("codes", self.layers))
         self._widths: dict[str, int] = self.manifest["d_sae"]
+        self._indices: dict[Key, tuple[tuple[int, ...] | None, tuple[np.ndarray, ...]]] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> "FeatureStore":
@@ -160,10 +161,10 @@ class FeatureStore(StoreReader):
         """
         if not 0 <= latent < self.d_sae(layer):
             raise ValueError(f"latent {latent} is not in 0..{self.d_sae(layer) - 1}")
-        index = self.file(f"layer_{layer}/index.safetensors")
-        begin, end = (int(p) for p in index.array("f_indptr")[latent : latent + 2])
+        indptr, rows, values = self._index(layer)
+        begin, end = int(indptr[latent]), int(indptr[latent + 1])
         end = end if top is None else min(end, begin + top)
-        return index.array("f_rows")[begin:end], index.array("f_values")[begin:end]
+        return rows[begin:end], values[begin:end]
 
     def pooled(self, layer: Key, how: str = "max") -> csr_array:
         """Return one row an example of the example table: its tokens' magnitudes |z| pooled.
@@ -180,25 +181,38 @@ class FeatureStore(StoreReader):
         example = self.tokens()["example"]
         last = np.zeros(len(example), dtype=bool)
         last[np.flatnonzero(np.diff(example, append=-1))] = True
-        owners, latents, values, first = [_NONE], [_NONE], [_NONE.astype(np.float32)], 0
+        pooled, first = [_Entries(_NONE, _NONE, _NONE.astype(np.float32))], 0
         for chunk in self.chunks(layer):
             code = chunk.tocoo()
             here = slice(first, first + chunk.shape[0])
             chosen = last[here][code.row] if how == "last" else slice(None)
-            owners.append(example[here][code.row][chosen])
-            latents.append(code.col[chosen].astype(np.int64))
-            values.append(np.abs(code.data[chosen]))
+            owners = example[here][code.row][chosen]
+            entries = _Entries(owners, code.col[chosen].astype(np.int64), np.abs(code.data[chosen]))
+            # Piece by piece, so that what is held is what comes out and not all that was stored.
+            pooled.append(entries.pooled(how))
             first = here.stop
+        # And once more, because an imported store may cut an example between two pieces.
+        whole = _Entries(*map(np.concatenate, zip(*pooled, strict=True))).pooled(how)
         shape = (len(self.examples()), self.d_sae(layer))
-        # All pieces at once, because an imported store may cut an example between two of them.
-        rows, cols = np.concatenate(owners), np.concatenate(latents)
-        if how == "max":
-            return _maxima(rows, cols, np.concatenate(values), shape)
-        total: csr_array = csr_array((np.concatenate(values), (rows, cols)), shape=shape)
+        total: csr_array = csr_array((whole.values, (whole.rows, whole.cols)), shape=shape)
         if how == "mean":
             tokens = np.bincount(example, minlength=shape[0]).clip(min=1)
             total.data = (total.data / np.repeat(tokens, np.diff(total.indptr))).astype(np.float32)
         return total
+
+    def _index(self, layer: Key) -> tuple[np.ndarray, ...]:
+        """Return the arrays of a layer's index; they are held for as long as the file is the same.
+
+        Opening and verifying it would take many times as long as looking a latent up.
+        """
+        name = f"layer_{layer}/index.safetensors"
+        found = _version(self.folder / name)
+        held, arrays = self._indices.get(layer, (None, ()))
+        if held is None or held != found:
+            file = self.file(name)
+            arrays = tuple(np.asarray(file.array(n)) for n in ("f_indptr", "f_rows", "f_values"))
+            self._indices[layer] = found, arrays
+        return arrays
 
     def _known(self, layer: Key) -> Key:
         if layer not in self.codes:
@@ -209,14 +223,31 @@ class FeatureStore(StoreReader):
         return layer
 
 
-def _maxima(
-    rows: Int[np.ndarray, "nnz"],
-    cols: Int[np.ndarray, "nnz"],
-    values: Float[np.ndarray, "nnz"],
-    shape: tuple[int, int],
-) -> csr_array:
-    order = np.lexsort((-values, cols, rows))
-    rows, cols, values = rows[order], cols[order], values[order]
-    first = np.ones(len(rows), dtype=bool)
-    first[1:] = (np.diff(rows) != 0) | (np.diff(cols) != 0)
-    return csr_array((values[first], (rows[first], cols[first])), shape=shape)
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from another one at its place; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+class _Entries(NamedTuple):
+    """Values with their places in a matrix; one place may have several."""
+
+    rows: Int[np.ndarray, "nnz"]
+    cols: Int[np.ndarray, "nnz"]
+    values: Float[np.ndarray, "nnz"]
+
+    def pooled(self, how: str) -> "_Entries":
+        """Return one value a place: the largest with `max`, and else the sum."""
+        order = np.lexsort((self.cols, self.rows))
+        rows, cols, values = self.rows[order], self.cols[order], self.values[order]
+        first = np.ones(len(rows), dtype=bool)
+        first[1:] = (np.diff(rows) != 0) | (np.diff(cols) != 0)
+        starts = np.flatnonzero(first)
+        if how == "max":
+            values = np.maximum.reduceat(values, starts) if len(starts) else values
+        else:
+            values = np.add.reduceat(values, starts) if len(starts) else values
+        return _Entries(rows[first], cols[first], values)

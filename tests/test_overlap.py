@@ -1,0 +1,155 @@
+"""One task's second step beside the next one's first: order, errors, and what is waited for."""
+
+import random
+import signal
+import threading
+import time
+from contextlib import closing, suppress
+
+import pytest
+
+from saefty.errors import DiskError
+from saefty.overlap import TwoSteps, overlapped
+
+
+class Quiet:
+    def begin(self, step):
+        pass
+
+    def advance(self, amount):
+        pass
+
+
+class Doubling:
+    """Doubles numbers in two steps, and notes who did what and when."""
+
+    def __init__(self, fails=(), interrupted=None, slow=0.0):
+        self.fails, self.interrupted, self.slow = fails, interrupted, slow
+        self.begun, self.done, self.held, self.threads = [], [], [], set()
+        self.entered = 0  # second steps
+
+    def begin(self, task, report):
+        for _ in range(3):
+            report.begin(task)
+            report.advance(1)
+            time.sleep(self.slow / 20)
+        if task == self.interrupted:
+            raise KeyboardInterrupt
+        self.begun.append(task)
+        self.held.append(len(self.begun) - len(self.done))
+        return 2 * task
+
+    def complete(self, begun):
+        self.threads.add(threading.current_thread())
+        self.entered += 1
+        time.sleep(self.slow)
+        if begun in self.fails:
+            raise DiskError(f"no room for {begun}")
+        self.done.append(begun)
+        return begun
+
+
+def do(work, tasks, between=lambda: None):
+    return overlapped(tasks, work, Quiet(), between)
+
+
+def test_results_come_in_the_order_of_the_tasks_and_each_is_followed_by_a_pause():
+    work, pauses = Doubling(), []
+    assert isinstance(work, TwoSteps)
+    assert list(do(work, range(5), lambda: pauses.append(1))) == [0, 2, 4, 6, 8]
+    assert len(pauses) == 6  # one behind each first step, and one at the end
+    assert list(do(work, [])) == []
+
+
+def test_the_second_step_of_a_task_goes_on_beside_the_first_of_the_next():
+    reached = threading.Event()
+
+    class Meeting(Doubling):
+        def begin(self, task, report):
+            if task == 1:
+                reached.set()
+            return super().begin(task, report)
+
+        def complete(self, begun):
+            assert reached.wait(20)  # would last for ever, if the next task waited for this one
+            return super().complete(begun)
+
+    work = Meeting()
+    assert list(do(work, range(2))) == [0, 2]
+    assert threading.main_thread() not in work.threads
+
+
+def test_two_tasks_at_most_are_held_however_slow_the_second_step_is():
+    work = Doubling(slow=0.02)
+    assert list(do(work, range(6))) == [0, 2, 4, 6, 8, 10]
+    assert max(work.held) == 2
+    assert work.done == [0, 2, 4, 6, 8, 10]
+
+
+def test_what_fails_in_the_second_step_stops_the_next_first_step_at_its_next_word():
+    class Waiting(Doubling):
+        def begin(self, task, report):
+            if task == 2:
+                time.sleep(0.2)  # the thread has failed by now
+            return super().begin(task, report)
+
+    work = Waiting(fails=[2])
+    with pytest.raises(DiskError, match="no room for 2"):
+        list(do(work, range(5)))
+    assert (work.begun, work.done) == ([0, 1], [0])
+
+
+def test_what_fails_in_the_last_second_step_is_raised_at_the_end():
+    with pytest.raises(DiskError, match="no room for 4"):
+        list(do(Doubling(fails=[4]), range(3)))
+
+
+def test_an_interruption_waits_for_the_second_step_under_way():
+    work = Doubling(interrupted=3, slow=0.05)
+    with pytest.raises(KeyboardInterrupt):
+        list(do(work, range(5)))
+    assert work.done == [0, 2, 4]
+
+
+def test_an_interruption_at_any_moment_leaves_nothing_under_way():
+    """Also while the thread is started, given something, or waited for."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    draw, hits = random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(150):
+            work = Doubling(slow=0.001)
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.02))
+            with suppress(KeyboardInterrupt), closing(do(work, range(10**6))) as results:
+                hits += 1
+                for _ in results:
+                    pass
+            assert work.entered == len(work.done)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 100
+
+
+def test_who_stops_listening_waits_for_the_second_step_under_way():
+    work = Doubling(slow=0.05)
+    results = do(work, range(5))
+    assert next(results) == 0
+    results.close()
+    assert work.done == [0, 2]
+
+
+def test_a_failure_of_the_thread_is_told_rather_than_what_came_after_it():
+    class Quick(Doubling):
+        def begin(self, task, report):
+            if task == 1:
+                raise KeyboardInterrupt
+            return super().begin(task, report)
+
+    work = Quick(fails=[0], slow=0.1)
+    with pytest.raises(DiskError, match="no room for 0") as error:
+        list(do(work, [0, 1]))
+    assert isinstance(error.value.__context__, KeyboardInterrupt)
