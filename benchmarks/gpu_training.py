@@ -25,10 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training_worker import LR, Sparsify
+
 ROOT = Path(__file__).parents[1]
 SIZES = {"d_in": 4096, "d_sae": 131_072, "k": 64, "batch": 8192, "steps": 20}
 TINY = {"d_in": 64, "d_sae": 2048, "k": 8, "batch": 256, "steps": 2}
-N_BATCHES, WARM_UP, LR, CHUNK_BYTES = 8, 5, 1e-3, 1 << 30
+N_BATCHES, WARM_UP, CHUNK_BYTES = 8, 5, 1 << 30
 PYTHON = {
     "saefty": sys.executable,
     "saefty, all float32": sys.executable,
@@ -78,36 +80,19 @@ class SaeftyFloat32(Saefty):
     rough = False
 
 
-class Sparsify:
-    """sparsify's SparseCoder with the lines that its trainer runs for a step, and plain Adam."""
+class SparsifyOnGpu(Sparsify):
+    """sparsify with its kernels in Triton, or nothing."""
 
     def __init__(self, x: Tensor, d_sae: int, k: int) -> None:
-        from sparsify import SparseCoder, SparseCoderConfig, utils
+        from sparsify import utils
 
         print("decoder:", utils.decoder_impl.__name__)
         if x.is_cuda and utils.decoder_impl.__name__ != "triton_decode":
             raise SystemExit("eai-sparsify has no kernels in Triton here: install triton beside it")
-        config = SparseCoderConfig(num_latents=d_sae, k=k)
-        self.coder = SparseCoder(x.shape[1], config, device=x.device)
-        self.coder.b_dec.data = x.mean(0)  # as its trainer does before the first step
-        self.adam = torch.optim.Adam(self.coder.parameters(), lr=LR, fused=x.is_cuda or None)
-        self.since_fired = torch.zeros(d_sae, dtype=torch.long, device=x.device)
-
-    def step(self, x: Tensor) -> None:
-        self.coder.set_decoder_norm_to_unit_norm()
-        out = self.coder(x, dead_mask=None)
-        out.fvu.backward()
-        self.coder.remove_gradient_parallel_to_decoder_directions()
-        self.adam.step()
-        self.adam.zero_grad()
-        self.since_fired += len(x)
-        self.since_fired[out.latent_indices.flatten()] = 0
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        return self.coder(x).sae_out
+        super().__init__(x, d_sae, k)
 
 
-LIBRARIES = {"saefty": Saefty, "saefty, all float32": SaeftyFloat32, "eai-sparsify": Sparsify}
+LIBRARIES = {"saefty": Saefty, "saefty, all float32": SaeftyFloat32, "eai-sparsify": SparsifyOnGpu}
 
 
 def device() -> str:

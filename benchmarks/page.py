@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import statistics
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +24,11 @@ def put(name: str, command: str, columns: dict[str, str], rows: list[dict], note
     _, after = rest.split(end)
     parts = [begin, f"`{command}` on {machine()}.{note}", "", table(columns, rows), end]
     fsio.commit_text(PAGE, before + "\n".join(parts) + after)
+
+
+def given_command() -> str:
+    """Return the command that is running, as it was typed."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def table(columns: dict[str, str], rows: list[dict]) -> str:

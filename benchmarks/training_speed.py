@@ -155,9 +155,8 @@ def main() -> None:
         print(page.table(COLUMNS, rows), flush=True)
         if given.write:
             best = max(max(r["calibration"]) for kept, _ in results.values() for r in kept)
-            command = f"python benchmarks/training_speed.py --setting {width} --write"
             note = f" The best 2048 × 2048 product in float32 ran at {best:.0f} GFLOP/s."
-            page.put(f"training {width}", command, COLUMNS, rows, note)
+            page.put(f"training {width}", page.given_command(), COLUMNS, rows, note)
 
 
 if __name__ == "__main__":

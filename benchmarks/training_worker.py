@@ -105,10 +105,11 @@ class Sparsify:
     def __init__(self, x: Tensor, d_sae: int, k: int) -> None:
         from sparsify import SparseCoder, SparseCoderConfig
 
-        self.coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=d_sae, k=k))
+        config = SparseCoderConfig(num_latents=d_sae, k=k)
+        self.coder = SparseCoder(x.shape[1], config, device=x.device)
         self.coder.b_dec.data = x.mean(0)  # as its trainer does before the first step
-        self.adam = torch.optim.Adam(self.coder.parameters(), lr=LR)
-        self.since_fired = torch.zeros(d_sae, dtype=torch.long)
+        self.adam = torch.optim.Adam(self.coder.parameters(), lr=LR, fused=x.is_cuda or None)
+        self.since_fired = torch.zeros(d_sae, dtype=torch.long, device=x.device)
 
     def step(self, x: Tensor) -> None:
         self.coder.set_decoder_norm_to_unit_norm()

@@ -15,6 +15,7 @@ from saefty.kernels.screened import Screen, Screened
 from saefty.kernels.triton_sparse import Programs
 from saefty.optimisation import Trainee
 from saefty.saes.base import SaeConfig
+from saefty.saes.section import SaeSection
 from saefty.sandbox.planted import PlantedDictionary
 from saefty.training_settings import OptimizerSection
 from test_training import train
@@ -195,3 +196,26 @@ def test_in_tiles_too_the_bound_is_left_out(batches, monkeypatch):
     certified, trusting = bounds
     assert certified[0] == pytest.approx(float(W.norm(dim=0).max()), rel=1e-5)
     assert max(trusting) < 1e-9
+
+
+@screens
+def test_an_architecture_without_k_learns_in_float32_and_the_record_says_so(
+    tmp_path, monkeypatch, caplog
+):
+    """Its gradients are estimated in a window that is narrower than what bfloat16 rounds off."""
+    bfloat16_units(monkeypatch, there=True)
+    made, step = [], Trainee.step
+
+    def watch(self, x, number):
+        made.append((self.sae.config.arch, isinstance(self.kernels, rough.Uncertified)))
+        return step(self, x, number)
+
+    monkeypatch.setattr(Trainee, "step", watch)
+    with caplog.at_level(logging.WARNING):
+        for arch in ("topk", "jumprelu"):
+            sae = SaeSection(arch=arch, k=3, expansion_factor=3)
+            train(tmp_path / arch, sae=sae, max_steps=2, precision="bfloat16")
+    assert made == [("topk", True)] * 2 + [("jumprelu", False)] * 2
+    assert "bfloat16 acts where the k largest latents are selected: jumprelu" in caplog.text
+    notes = [json.loads((tmp_path / a / "backend.json").read_text()) for a in ("topk", "jumprelu")]
+    assert [one["precision"] for one in notes] == ["bfloat16", "float32"]

@@ -57,7 +57,7 @@ class Trainee:
         dead_after: Rows without firing after which a latent counts as dead.
         device: Where to train.
         kernels: The class of the kernels that carry out the arithmetic; None takes the fastest.
-        rough: Whether the encoder's product is done in bfloat16, where these kernels can.
+        rough: Whether the k largest latents are proposed in bfloat16, where these kernels can.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Trainee:
     ) -> None:
         self.sae = config.build().to(device)
         exact = choose_kernels(device, kernels)
+        # An estimated gradient has a window narrower than what bfloat16 rounds off.
+        rough = rough and self.sae.uses_k
         self.kernels: SparseKernels = (in_bfloat16(exact) if rough else None) or exact
         self.section = optimizer
         self.grad_clip = grad_clip

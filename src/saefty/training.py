@@ -6,20 +6,23 @@ training ends with the same bytes as one that was left alone. No random number i
 runs. What a pass does is in `training_pass.py`.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saefty import fsio
-from saefty.backends import Backend
+from saefty.backends import FLOAT32, Backend
 from saefty.checkpoints import remove_checkpoints
 from saefty.errors import ConfigError
-from saefty.saes.base import SaeConfig
+from saefty.saes.base import ARCHITECTURES, SaeConfig
 from saefty.saes.section import SaeSection
 from saefty.training_data import ActivationSource, split_by_example
 from saefty.training_pass import METRICS, Pass
 from saefty.training_settings import OptimizerSection, TrainSection
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 
@@ -81,12 +84,13 @@ def train_saes(
         )
     configs = sae.configs(source.d_in)
     split = split_by_example(source, train.validation, train.seed, train.validation_rows)
+    precision = _precision(train.precision, configs)
     trained = []
     for layer in layers:
         folders = [Path(folder) / _name(layer, config, configs) for config in configs]
         state = Path(folder) / CHECKPOINTS / f"layer_{layer}"
         if not all((path / METRICS).is_file() for path in folders):
-            backend = Backend.choose(Path(folder), train.device, threads, train.precision)
+            backend = Backend.choose(Path(folder), train.device, threads, precision)
             with backend.in_use():
                 Pass(
                     source, layer, sae, train, optimizer, split, folders, state, backend,
@@ -105,3 +109,15 @@ def _name(layer: int, config: SaeConfig, configs: list[SaeConfig]) -> str:
         return f"layer_{layer}"
     arch = f"_{config.arch}" if len({one.arch for one in configs}) > 1 else ""
     return f"layer_{layer}{arch}_k{config.k}_d{config.d_sae}"
+
+
+def _precision(wanted: str, configs: Sequence[SaeConfig]) -> str:
+    """Return in which precision latents are proposed, and say where another one is asked for."""
+    exact = sorted({one.arch for one in configs if not ARCHITECTURES[one.arch].uses_k})
+    if wanted == FLOAT32 or not exact:
+        return wanted
+    log.warning(
+        "train.precision=%s acts where the k largest latents are selected: %s learns in float32",
+        wanted, ", ".join(exact),
+    )  # fmt: skip
+    return wanted if any(ARCHITECTURES[one.arch].uses_k for one in configs) else FLOAT32

@@ -26,7 +26,8 @@ class TrainSection(Config):
     """Rows in a batch; at most the rows there are."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """How the encoder multiplies to propose latents; all else is float32, the weights too."""
+    """How the encoder multiplies to propose the k largest latents; all else is float32, the weights
+    too, and so is all of an architecture without k."""
 
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Largest global norm of a gradient; None leaves gradients as they are."""

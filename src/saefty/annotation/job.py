@@ -40,7 +40,7 @@ from saefty.piecework import Record, do_pieces
 from saefty.reading import PLAN, Reading, prepare
 from saefty.runs import JOURNAL, Ledger, Run, run_folder
 from saefty.space import feature_bytes, planned_rows
-from saefty.stages.base import Outcome, model_inputs, settle_threads, workers_model
+from saefty.stages.base import Outcome, model_inputs, settle_arithmetic, workers_model
 from saefty.stores.base import EXAMPLES, StoreWriter
 from saefty.stores.features import KIND, FeatureStore
 
@@ -90,7 +90,7 @@ def annotate(
     info = inspect_model(cfg.model.name, cfg.model.revision) if model is None else model.info
     targets, saes = find_targets(wanted_saes(section), info)
     keys = name_targets(targets, read_metadata(samples))
-    settle_threads(cfg.engine, folder)
+    settle_arithmetic(cfg.engine, folder)
     worker_model = workers_model(cfg.engine, cfg.model, model)
     model = model or load_model(**cfg.model.model_dump())
     saes = saes.placed(model.device)

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
-namespace {
+#include "sums.h"
 
-constexpr int64_t LANES = 64;
+namespace {
 
 // Of each of two arrays, what stays in cache beside the other.
 constexpr int64_t BLOCK_NUMBERS = 1 << 18;
@@ -20,39 +20,6 @@ inline float widened(int16_t number) {
     float wide;
     std::memcpy(&wide, &bits, sizeof wide);
     return wide;
-}
-
-// Several sums side by side: one alone would wait for each addition to end.
-inline float product(const float* a, const float* b, int64_t d) {
-    float sums[LANES] = {};
-    const int64_t whole = d - d % LANES;
-    for (int64_t i = 0; i < whole; i += LANES)
-#pragma omp simd
-        for (int64_t j = 0; j < LANES; ++j) sums[j] += a[i + j] * b[i + j];
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < LANES; ++j) sum += sums[j];
-    for (int64_t i = whole; i < d; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
-// out += sum of factor(e) * row(e) for e in [begin, end), in this order.
-template <typename Row, typename Factor>
-inline void add_rows(float* out, int64_t begin, int64_t end, int64_t d, Row row, Factor factor) {
-    int64_t e = begin;
-    for (; e + 4 <= end; e += 4) {
-        const float *r0 = row(e), *r1 = row(e + 1), *r2 = row(e + 2), *r3 = row(e + 3);
-        const float f0 = factor(e), f1 = factor(e + 1), f2 = factor(e + 2), f3 = factor(e + 3);
-#pragma omp simd
-        for (int64_t i = 0; i < d; ++i)
-            out[i] = (((out[i] + f0 * r0[i]) + f1 * r1[i]) + f2 * r2[i]) + f3 * r3[i];
-    }
-    for (; e < end; ++e) {
-        const float* r = row(e);
-        const float f = factor(e);
-#pragma omp simd
-        for (int64_t i = 0; i < d; ++i) out[i] += f * r[i];
-    }
 }
 
 // Calls found(column) for each flag that is set, eight at a time where none is.
@@ -122,7 +89,7 @@ void reach(const float* x, const float* W, const float* b, const float* floors, 
         for (int64_t i = 0; i < d_sae; ++i)
             for (int64_t p = starts[i]; p < starts[i + 1]; ++p)
                 values[places[p].row * d_sae + places[p].entry] =
-                    product(x + places[p].row * d_in, W + i * d_in, d_in) + b[i];
+                    dot(x + places[p].row * d_in, W + i * d_in, d_in) + b[i];
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             int32_t* mine = latents + row * d_sae;
@@ -193,11 +160,11 @@ void latent_gradients_by_rows(const float* values, const float* by_value, const 
                 int64_t end = begin;
                 while (end < starts[i + 1] && row_of[order[end]] < stop) ++end;
                 next[i] = end;
-                add_rows(
+                add_all(
                     grad_enc + i * d, begin, end, d,
                     [&](int64_t p) { return x + row_of[order[p]] * d; },
                     [&](int64_t p) { return by_value[order[p]]; });
-                add_rows(
+                add_all(
                     grad_dec + i * d, begin, end, d,
                     [&](int64_t p) { return error + row_of[order[p]] * d; },
                     [&](int64_t p) { return values[order[p]] * scale; });
@@ -209,11 +176,11 @@ void latent_gradients_by_rows(const float* values, const float* by_value, const 
             for (int64_t p = starts[i]; p < starts[i + 1]; ++p) bias += by_value[order[p]];
             grad_bias[i] = bias;
             if (tangent) {
-                const float along = -product(dec, W_dec + i * d, d);
+                const float along = -dot(dec, W_dec + i * d, d);
 #pragma omp simd
                 for (int64_t j = 0; j < d; ++j) dec[j] += along * W_dec[i * d + j];
             }
-            squared[i] = product(enc, enc, d) + product(dec, dec, d) + bias * bias;
+            squared[i] = dot(enc, enc, d) + dot(dec, dec, d) + bias * bias;
         }
     }
 }
@@ -255,7 +222,7 @@ void reconstruct_by_tiles(const float* values, const int64_t* latents, const int
             }
             for (const Place& place : places)
                 dots[place.entry] =
-                    product(error + place.row * d, W_dec + latents[place.entry] * d, d);
+                    dot(error + place.row * d, W_dec + latents[place.entry] * d, d);
         }
     }
 }

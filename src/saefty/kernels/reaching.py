@@ -24,7 +24,7 @@ from saefty.kernels.screened import (
     ROUNDING,
     ROWS,
     Screened,
-    _product_holds,
+    product_holds,
 )
 
 SAMPLE_ROWS = 128
@@ -53,7 +53,7 @@ class Reaching(Screened):
     ) -> SparseCode:
         """Take all that exceeds a floor, and of it the n largest; of equal ones the first."""
         x, W_enc, b_enc = x.detach(), _by_latents(W_enc), b_enc.detach()
-        if n > 0 and _large(x, W_enc, b_enc):
+        if n > 0 and is_large(x, W_enc, b_enc):
             floor = _expected(x, W_enc, b_enc, n)
             code = self.reach(x, W_enc, b_enc, torch.full_like(b_enc, floor), CROWDED_SHARE)
             if code is not None and (len(code.values) >= n or floor <= 0):
@@ -83,7 +83,7 @@ class Reaching(Screened):
     ) -> SparseCode | None:
         """Return the entries above their floors; see the function of this name."""
         x, W_enc, b_enc, floors = x.detach(), _by_latents(W_enc), b_enc.detach(), floors.detach()
-        if not _large(x, W_enc, b_enc, floors):
+        if not is_large(x, W_enc, b_enc, floors):
             return None
         found = library().functions
         assert found is not None, "compiled kernels are there"
@@ -147,7 +147,7 @@ def reach(
     x, W_enc, b_enc, floors = x.detach(), _by_latents(W_enc), b_enc.detach(), floors.detach()
     if not _is_few(x, W_enc, b_enc, floors, most):
         return None
-    if isinstance(kernels, Reaching) and _large(x, W_enc, b_enc, floors):
+    if isinstance(kernels, Reaching) and is_large(x, W_enc, b_enc, floors):
         return kernels.reach(x, W_enc, b_enc, floors, most)
     parts = []
     for part in x.split(ROWS) if len(x) else ():
@@ -160,10 +160,11 @@ def reach(
     return code if len(code.values) <= most * len(x) * len(b_enc) else None
 
 
-def _large(x: Tensor, W_enc: Tensor, *per_latent: Tensor) -> bool:
+def is_large(x: Tensor, W_enc: Tensor, *per_latent: Tensor) -> bool:
+    """Return whether the compiled selections take these, and screening them pays."""
     (rows, d_in), d_sae = x.shape, W_enc.shape[1]
     large = rows >= LEAST_ROWS and d_sae >= LEAST_LATENTS and d_in >= LEAST_WIDTH
-    return large and plain(x, W_enc.T, *per_latent) and _product_holds(d_in)
+    return large and plain(x, W_enc.T, *per_latent) and product_holds(d_in)
 
 
 def _by_latents(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
@@ -178,7 +179,7 @@ def _glance(
 ) -> Float[Tensor, "some d_sae"]:
     """Return about what some rows' pre-activations are."""
     some = x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS]
-    if _large(x, W_enc, b_enc):
+    if is_large(x, W_enc, b_enc):
         return torch.mm(some.bfloat16(), W_enc.bfloat16()).float() + b_enc
     return affine(some, W_enc, b_enc)
 

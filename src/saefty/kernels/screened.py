@@ -103,7 +103,7 @@ def _coarser(x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], 
     rows, (d_in, d_sae) = len(x), W_enc.shape
     large = rows >= LEAST_ROWS and d_sae >= LEAST_LATENTS and d_in >= LEAST_WIDTH
     known = x.dtype == W_enc.dtype == torch.float32 and x.device.type == "cpu"
-    if not (large and known and k > 0 and _product_holds(d_in)):
+    if not (large and known and k > 0 and product_holds(d_in)):
         return 0
     return joined_groups(d_sae, k)
 
@@ -214,7 +214,7 @@ def _members(
 
 
 @cache
-def _product_holds(width: int = 512) -> bool:
+def product_holds(width: int = 512) -> bool:
     """Return whether torch's bfloat16 products have the precision the bound relies on here."""
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(64, width, generator=generator).bfloat16() for _ in range(2))

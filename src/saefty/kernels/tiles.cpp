@@ -18,6 +18,8 @@
 #include <limits>
 #include <vector>
 
+#include "sums.h"
+
 namespace {
 
 using Latent = int64_t;
@@ -27,16 +29,7 @@ constexpr int64_t SIDE = 2 * TILE;    // a product is computed that many rows an
 constexpr int64_t MOST_ROWS = 512;    // whose roundings and candidates stay in a core's cache
 constexpr float INFINITE = std::numeric_limits<float>::infinity(), NONE = -INFINITE;
 
-struct Candidate {
-    float value;
-    int32_t latent;
-};
-
-inline bool precedes(const Candidate& a, const Candidate& b) {
-    return a.value > b.value || (a.value == b.value && a.latent < b.latent);
-}
-
-inline float dot(const float* a, const float* b, int64_t d) {  // d is a multiple of 32
+inline float tile_dot(const float* a, const float* b, int64_t d) {  // d is a multiple of 32
     __m512 even = _mm512_setzero_ps(), odd = even;
     for (int64_t i = 0; i < d; i += SIDE) {
         even = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), even);
@@ -272,7 +265,7 @@ class Worker {
         for (int32_t place : places) order[starts[names[place]]++] = place;
         for (int32_t place : order) {
             const float *row = e.x + rows[place / room].number * e.d, *W = e.W + names[place] * e.d;
-            exact[place] = dot(row, W, e.d) + e.b[names[place]];
+            exact[place] = tile_dot(row, W, e.d) + e.b[names[place]];
         }
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saefty.kernels.base import SparseCode
 from saefty.kernels.compiled import call, library
-from saefty.kernels.reaching import Reaching, _large
+from saefty.kernels.reaching import Reaching, is_large
 from saefty.kernels.screened import SUMMING, VANISHING
 
 SIDE = 32
@@ -48,7 +48,7 @@ class Tiled(Reaching):
         """Select, compute candidates anew, and leave to float32 the rows that are not certain."""
         d_in, d_sae = W_enc.shape
         fits = d_in % SIDE == 0 and d_sae % SIDE == 0 and 0 < k <= d_sae // CANDIDATES
-        if not (self._tiles and fits and _large(x, W_enc, b_enc)):
+        if not (self._tiles and fits and is_large(x, W_enc, b_enc)):
             return super().topk(x, W_enc, b_enc, k)
         x, W, b = x.detach(), W_enc.detach().T, b_enc.detach()
         functions = library().functions

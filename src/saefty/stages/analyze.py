@@ -17,7 +17,7 @@ from saefty.feature_dump import META, FeatureDump
 from saefty.log import progress
 from saefty.runs import Run, RunSection, find_run, run_folder
 from saefty.sae_sets import SaeSet, open_saes
-from saefty.stages.base import Outcome, arithmetic_inputs, existing_folder, settle_threads
+from saefty.stages.base import Outcome, arithmetic_inputs, existing_folder, settle_arithmetic
 from saefty.stores.activations import ActivationStore
 from saefty.stores.features import FeatureStore
 
@@ -102,7 +102,7 @@ def run(cfg: AnalyzeConfig) -> Outcome:
         store = ActivationStore(section.store)
         ids = [section.sae_id] if section.sae_id else []
         saes = open_saes([section.sae or ""], ids, section.layers).placed("cpu")
-        inputs["threads"] = settle_threads(cfg.engine, existing_folder(cfg.run, "analyze"))
+        inputs["threads"] = settle_arithmetic(cfg.engine, existing_folder(cfg.run, "analyze"))
         inputs |= arithmetic_inputs()
         inputs["saes"] = {str(key): one.checksum for key, one in saes.records.items()}
         inputs["kernels"] = saes.kernels

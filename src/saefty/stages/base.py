@@ -57,7 +57,7 @@ def open_model(section: ModelSection, sites: Sequence[Site]) -> ModelAdapter:
     return load_model(**section.model_dump())
 
 
-def settle_threads(section: ThreadsSection, folder: Path | None) -> int:
+def settle_arithmetic(section: ThreadsSection, folder: Path | None) -> int:
     """Set the number of torch's threads, on which the last bits of results depend; return it.
 
     They depend on what multiplies matrices too, which is settled with it. A run that is resumed

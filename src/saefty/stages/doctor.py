@@ -36,7 +36,7 @@ from saefty.runs import Run, RunSection, find_run, run_folder
 from saefty.sae_sets import find_saes, sae_checksum
 from saefty.saes.base import SparseAutoencoder
 from saefty.sources import load_sae
-from saefty.stages.base import Outcome, settle_threads
+from saefty.stages.base import Outcome, settle_arithmetic
 from saefty.stages.rows import open_readings, outlier_facts, without_outliers
 from saefty.stores.activations import ActivationStore
 
@@ -241,7 +241,7 @@ def check(
     cfg = resolved(cfg)
     given = cfg.doctor
     refuse_unfit(cfg.run.dir, "doctor", config_tree(cfg))
-    settle_threads(cfg.engine, cfg.run.dir)
+    settle_arithmetic(cfg.engine, cfg.run.dir)
     if sae is None and given.sae is None:
         return _of_codes_alone(cfg)
     sae = sae or load_sae(given.sae or "", given.sae_id)

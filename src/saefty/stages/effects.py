@@ -51,7 +51,7 @@ from saefty.stages.base import (
     model_inputs,
     open_data,
     open_model,
-    settle_threads,
+    settle_arithmetic,
 )
 from saefty.steering import check_prompts
 from saefty.steering_vectors import check_sae, open_sae
@@ -160,7 +160,7 @@ def run(
         else open_data(cfg.clean or DataSection(), clean)
     )
     sae = sae or open_sae(section.sae, section.sae_id, section.layer)
-    settle_threads(cfg.engine, existing_folder(cfg.run, KIND))
+    settle_arithmetic(cfg.engine, existing_folder(cfg.run, KIND))
     model = model or open_model(cfg.model, [sae.site] if sae.site else [])
     site = check_sae(sae, model)
     sae = sae.to(model.device)

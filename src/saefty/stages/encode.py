@@ -40,7 +40,7 @@ from saefty.stages.base import (
     model_inputs,
     open_data,
     open_model,
-    settle_threads,
+    settle_arithmetic,
     workers_model,
 )
 from saefty.stores.activations import ActivationStore
@@ -143,7 +143,7 @@ def run(
     inputs: dict[str, Any] = {
         "saes": {str(key): record.checksum for key, record in chosen.records.items()}
     }
-    threads = settle_threads(cfg.engine, existing_folder(cfg.run, "features"))
+    threads = settle_arithmetic(cfg.engine, existing_folder(cfg.run, "features"))
     if cfg.encode.store is not None:
         inputs |= {"threads": threads, **arithmetic_inputs()}
         return _encode_store(cfg, chosen.placed("cpu"), inputs)

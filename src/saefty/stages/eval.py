@@ -18,7 +18,7 @@ from saefty.models.base import ModelAdapter, ModelSection
 from saefty.reading import ReadingSection
 from saefty.runs import Run, RunSection, run_folder
 from saefty.silencing import can_act
-from saefty.stages.base import Outcome, load_saes, model_inputs, open_model, settle_threads
+from saefty.stages.base import Outcome, load_saes, model_inputs, open_model, settle_arithmetic
 from saefty.stores.activations import ActivationStore
 from saefty.stores.features import FeatureStore
 
@@ -85,7 +85,7 @@ def run(cfg: EvalConfig, *, model: ModelAdapter | None = None) -> Outcome:
     if needed and model is None:
         section = cfg.model or recorded_model(source.folder, WITHOUT_MODEL)
         recorded_reading(source.folder)  # what refuses a lost store comes before the model
-        settle_threads(cfg.engine, cfg.run.dir)
+        settle_arithmetic(cfg.engine, cfg.run.dir)
         model = open_model(section, [])
     if model is not None:
         inputs["model"] = model_inputs(model)

@@ -23,7 +23,7 @@ from saefty.stages.base import (
     model_inputs,
     open_data,
     open_model,
-    settle_threads,
+    settle_arithmetic,
     workers_model,
 )
 
@@ -97,7 +97,7 @@ def run(
     sites = [Site(layer, cfg.extract.hook_point) for layer in sorted(cfg.extract.layers)]
     chosen = open_data(cfg.data, examples)
     reload = workers_model(cfg.engine, cfg.model, model)
-    settle_threads(cfg.engine, existing_folder(cfg.run, "extract"))
+    settle_arithmetic(cfg.engine, existing_folder(cfg.run, "extract"))
     model = model or open_model(cfg.model, sites)
     model.info.check_sites(sites)
     if cfg.extract.contrast.method != "none":

@@ -34,7 +34,7 @@ from saefty.reading import ReadingSection
 from saefty.records import example_from
 from saefty.runs import METADATA, Ledger, Run, RunSection, read_metadata, run_folder
 from saefty.saes.base import SparseAutoencoder
-from saefty.stages.base import Outcome, load_saes, model_inputs, open_model, settle_threads
+from saefty.stages.base import Outcome, load_saes, model_inputs, open_model, settle_arithmetic
 from saefty.stores.activations import ActivationStore
 from saefty.stores.features import FeatureStore
 
@@ -164,7 +164,7 @@ def _recorded_inputs(folder: Path | None) -> dict[str, Any]:
 
 
 def _opened(wanted: ModelSection, cfg: ProbeConfig) -> ModelAdapter:
-    settle_threads(cfg.engine, cfg.run.dir)
+    settle_arithmetic(cfg.engine, cfg.run.dir)
     return open_model(wanted, [])
 
 

@@ -31,7 +31,7 @@ from saefty.stages.base import (
     model_inputs,
     open_data,
     open_model,
-    settle_threads,
+    settle_arithmetic,
 )
 from saefty.steering import (
     NAME,
@@ -107,7 +107,7 @@ def run(
     clusters = names_to_codes([prompt.group for prompt in prompts])
     two_sides(len(prompts), clusters, seed=settings.seed)
     safe = open_data(cfg.harmless or DataSection(), harmless) if cfg.harmless or harmless else []
-    settle_threads(cfg.engine, existing_folder(cfg.run, KIND))
+    settle_arithmetic(cfg.engine, existing_folder(cfg.run, KIND))
     if sae is None and settings.sae is not None:
         sae = open_sae(settings.sae, settings.sae_id, settings.layer)
     model = model or open_model(cfg.model, sorted({one.site for one in vectors.values()}))

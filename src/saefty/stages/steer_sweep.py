@@ -20,7 +20,7 @@ from saefty.stages.base import (
     model_inputs,
     open_data,
     open_model,
-    settle_threads,
+    settle_arithmetic,
 )
 from saefty.steering import Arm, Sampling, check_prompts, gather, replies_under
 from saefty.steering_inputs import Given, norms_of_one, off_scale, tell_requests
@@ -75,7 +75,7 @@ def run(
     given = Given(settings)
     prompts = open_data(cfg.data, examples)
     check_prompts(prompts)
-    threads = settle_threads(cfg.engine, existing_folder(cfg.run, "steer"))
+    threads = settle_arithmetic(cfg.engine, existing_folder(cfg.run, "steer"))
     model = model or open_model(given.model_section(cfg.model), [given.vector.site])
     given.vector.check_model(model)
     inputs = {

@@ -21,7 +21,7 @@ from saefty.runs import Run, RunSection, run_folder
 from saefty.sae_sets import sae_checksum
 from saefty.saes.base import SparseAutoencoder
 from saefty.sources import load_sae
-from saefty.stages.base import Outcome, settle_threads
+from saefty.stages.base import Outcome, settle_arithmetic
 from saefty.stages.rows import open_readings, outlier_facts, without_outliers
 
 OTHER_ROWS = (
@@ -164,7 +164,7 @@ def check(
     sae = sae or load_sae(settings.sae, settings.sae_id)
     if sae.is_transcoder:
         sae.require_autoencoder("sae verify")
-    settle_threads(cfg.engine, cfg.run.dir)
+    settle_arithmetic(cfg.engine, cfg.run.dir)
     record = find_record(
         sae, settings.sae_id or "", settings.expected_l0, settings.expected_fvu, settings.margin
     )

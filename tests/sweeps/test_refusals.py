@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny_models
-from saefty import fsio, steering_report
+from saefty import fsio
 from saefty.config import load_config
 from saefty.errors import (
     ConfigError,
@@ -24,26 +24,7 @@ from saefty.saes.native import save_sae
 from saefty.stages.steer_sweep import SweepConfig
 from saefty.steering_inputs import Given
 from saefty.steering_settings import alpha_grid
-from steer_sweeps import PROMPTS, SITE, sae_of, settings, sweep, write_data
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_models.load("llama")
-
-
-@pytest.fixture(scope="module")
-def vector(tmp_path_factory):
-    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    folder = tmp_path_factory.mktemp("vector") / "v"
-    made = SteeringVector(values, SITE, "test", provenance={"model": "tiny"})
-    return made.save(folder)
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
-    """Write what a picture shows in its place: drawing takes most of a small sweep's time."""
-    monkeypatch.setattr(steering_report, "save_plot", write_data)
+from steer_sweeps import PROMPTS, SITE, sae_of, settings, sweep
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import tiny_models
 from saefty import steering_report
@@ -20,25 +19,6 @@ from saefty.judges.rules import Lexicon
 from saefty.plots.base import save_plot
 from saefty.saes.native import save_sae
 from steer_sweeps import FOUR, PROMPTS, SITE, WORDS, replies_of, rows, sae_of, sweep, write_data
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_models.load("llama")
-
-
-@pytest.fixture(scope="module")
-def vector(tmp_path_factory):
-    values = torch.randn(tiny_models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    folder = tmp_path_factory.mktemp("vector") / "v"
-    made = SteeringVector(values, SITE, "test", provenance={"model": "tiny"})
-    return made.save(folder)
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
-    """Write what a picture shows in its place: drawing takes most of a small sweep's time."""
-    monkeypatch.setattr(steering_report, "save_plot", write_data)
 
 
 @pytest.fixture(scope="module")
