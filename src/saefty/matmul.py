@@ -1,15 +1,18 @@
-"""What multiplies float32 matrices on the CPU: torch's own choice, or oneDNN where that is faster.
+"""What multiplies float32 matrices on the CPU: torch's own choice, or what is faster there.
 
 On some processors torch's default reaches less than half of what oneDNN does at the same accuracy.
 The way there is a setting that *allows* oneDNN to round to tf32 or bfloat16 first: many processors
-do not, and those with units for it really do. So both are tried on one small product at first use:
-the fastest whose error against float64 is that of float32 is taken, and only where it is worth it.
+do not, and those with units for it really do. Processors with tile registers multiply float32 out
+of bfloat16 (`kernels/split.py`). So all are tried on one small product at first use: the fastest
+whose error against float64 is that of float32 is taken, and only where it is worth it.
 
-The setting is torch's for the whole process, so it holds within `products` alone and is put back on
-leaving. The last bits of results depend on the choice: a run notes it and goes on with it. torch
-is imported by the functions that need it, for commands that multiply nothing read this file too.
+The choice holds within `products` alone: oneDNN's setting is one for the whole process and is put
+back on leaving, tiles are used by the thread that entered. The last bits of results depend on the
+choice: a run notes it and goes on with it. torch is imported by the functions that need it, for
+commands that multiply nothing read this file too.
 """
 
+import importlib
 import logging
 import os
 import threading
@@ -28,11 +31,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT = "default"
-ALLOWED = {DEFAULT: "ieee", "onednn-tf32": "tf32", "onednn-bf16": "bf16"}
+DEFAULT, TILES = "default", "amx-bf16x3"
+ALLOWED = {DEFAULT: "ieee", TILES: "ieee", "onednn-tf32": "tf32", "onednn-bf16": "bf16"}
 """Each way to multiply, and what oneDNN is allowed in it; `ieee` leaves the product to the default.
 
-None of them is used where it rounds to what it allows.
+None of them is used where it rounds to what it allows. Tiles take what they can, the default the
+rest.
 """
 
 VARIABLE = "SAEFTY_MATMUL"
@@ -44,8 +48,12 @@ TIMES_DEFAULT = 4.0
 FLOAT32 = 2.0**-20
 """The largest error of a float32 product, relative to |x| |w| (here 1e-7; bfloat16's is 4e-4)."""
 
-WORTH = 1.5
-"""How many times as fast another way must be: two runs must not choose differently by chance."""
+WORTH, WORTH_OF = 1.5, {TILES: 1.0}
+"""How many times as fast another way must be: two runs must not choose differently by chance.
+
+Tiles gain more with larger products than the trial's (1.5 to 2 times), so they need not be faster
+by much there; they are nowhere near a tie.
+"""
 
 TIMED, TURNS = ((256, 512), (512, 1024)), 3
 """The shapes of the product that is timed, and how often."""
@@ -60,7 +68,7 @@ class Measured:
     """How long a way to multiply took for the trial product, and by how much it can be wrong."""
 
     ms: float
-    """On one thread, which has the processor to itself."""
+    """On one thread, which has the processor to itself; infinite for a way that is not accurate."""
     error: float
     """The largest error of an entry against float64, relative to the norms of row and column."""
 
@@ -78,7 +86,13 @@ class _InForce:
         self.before = ""
 
 
-_in_force = _InForce()
+class _Here(threading.local):
+    """What holds in one thread alone."""
+
+    in_tiles = False
+
+
+_in_force, _here = _InForce(), _Here()
 _settled: str | None = None
 
 
@@ -150,9 +164,29 @@ def products(way: str | None = None) -> Iterator[None]:
     """
     _enter(way)
     try:
-        yield
+        with _tiles():
+            yield
     finally:
         _leave()
+
+
+@contextmanager
+def _tiles() -> Iterator[None]:
+    """Use tiles in this thread, if they are what holds and it does not yet."""
+    if _in_force.way != TILES or _here.in_tiles:
+        yield
+        return
+    _here.in_tiles = True
+    try:
+        with _split().SplitProducts():
+            yield
+    finally:
+        _here.in_tiles = False
+
+
+def _split() -> Any:
+    # The kernels stand a floor above, and import this file.
+    return importlib.import_module("saefty.kernels.split")
 
 
 def decide(found: Mapping[str, Measured]) -> str:
@@ -164,8 +198,9 @@ def decide(found: Mapping[str, Measured]) -> str:
             default.error, FLOAT32,
         )  # fmt: skip
     accurate = {way: one for way, one in found.items() if _as_float32(one, default)}
-    best = min(accurate, key=lambda way: accurate[way].ms, default=DEFAULT)
-    return best if found[best].ms * WORTH <= default.ms else DEFAULT
+    worth = {way: one.ms * WORTH_OF.get(way, WORTH) for way, one in accurate.items()}
+    best = min(worth, key=lambda way: worth[way], default=DEFAULT)
+    return best if worth.get(best, default.ms) <= default.ms else DEFAULT
 
 
 def probe(ways: Mapping[str, Multiply]) -> dict[str, Measured]:
@@ -192,8 +227,9 @@ def probe(ways: Mapping[str, Multiply]) -> dict[str, Measured]:
                     error = float(((multiply(x, laid_out) - true).abs() / sizes).max())
                     errors[way] = max(errors[way], error)
         x, w = (drawn(*shape) for shape in TIMED)
+        worth_it = {way: multiply for way, multiply in ways.items() if errors[way] <= FLOAT32}
         for turn in range(TURNS + 1):
-            for way, multiply in ways.items():
+            for way, multiply in worth_it.items():
                 begun = time.thread_time()
                 multiply(x, w)
                 if turn:  # the first use prepares much
@@ -216,7 +252,8 @@ def _one_thread() -> Iterator[None]:
 @cache
 def measured() -> dict[str, Measured]:
     """Return what the trial found in this process."""
-    found = probe({way: _multiplied(way) for way in ALLOWED if way == DEFAULT or _has_switch()})
+    there = {DEFAULT: True, TILES: _split().ready()}
+    found = probe({way: _multiplied(way) for way in ALLOWED if there.get(way, _has_switch())})
     log.debug("float32 products: %s", found)
     return found
 
@@ -230,7 +267,13 @@ def _multiplied(way: str) -> Multiply:
         with torch.no_grad(), products(way):
             return x @ w
 
-    return multiply
+    def by_tiles(
+        x: "Float[Tensor, '*batch rows inner']", w: "Float[Tensor, '*batch inner columns']"
+    ) -> "Float[Tensor, '*batch rows columns']":
+        found = _split().multiply(x, w) if x.dim() == 2 else None
+        return x @ w if found is None else found
+
+    return by_tiles if way == TILES else multiply
 
 
 def _as_float32(one: Measured, default: Measured) -> bool:

@@ -25,11 +25,9 @@ from saefty import fsio
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("cpu.cpp", "reaching.cpp", "pointwise.cpp", "tiles.cpp")
-)
-HEADER = Path(__file__).with_name("sums.h")
+PARTS = ("cpu", "pointwise", "reaching", "slices", "split", "tiles")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in PARTS)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("sums.h", "tiles.h", "selection.h"))
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-std=c++17",
     "-fopenmp", "-fPIC", "-shared",
@@ -57,14 +55,14 @@ def library() -> Library:
         return Library(None, f"no compiler ({', '.join(COMPILERS)}; CXX names another)")
     try:
         machine = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-        sources = [path.read_text("utf-8") for path in (*SOURCES, HEADER)]
+        sources = [path.read_text("utf-8") for path in (*SOURCES, *HEADERS)]
         told = "\n".join([*sources, *FLAGS, *_openmp(), machine])
         path = _folder() / f"{fsio.digest_blocks([told.encode()])}.so"
         if not path.is_file():
             log.info("compiling the CPU kernels with %s (once, a few seconds)", compiler)
             with fsio.staged(path) as temporary:
                 files = (*map(str, SOURCES), *_openmp())
-                _run(compiler, *FLAGS, "-I", str(HEADER.parent), *files, "-o", str(temporary))
+                _run(compiler, *FLAGS, "-I", str(HEADERS[0].parent), *files, "-o", str(temporary))
         return Library(ctypes.CDLL(str(path)), f"compiled by {compiler} for this processor")
     except (OSError, subprocess.SubprocessError, fsio.DiskError) as error:
         told = getattr(error, "stderr", None) or str(error)

@@ -1,0 +1,290 @@
+// Products of float32 matrices on processors with tile registers (Intel's AMX), as accurate as
+// float32: each number is the sum of three in bfloat16 (3 x 8 of its 24 bits), and six products of
+// such parts, the largest of the nine, add up in float32. What is left out is smaller than what
+// float32 rounds off. A plain C function, like those of cpu.cpp.
+
+#include <cstdint>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t SIDE = 2 * TILE;           // rows, columns and terms that are met at a time
+constexpr int64_t PARTS = 3;
+constexpr int64_t PANEL = PARTS * 2 * 1024;  // bytes of 32 x 32 numbers: tiles of 1,024, part by part
+constexpr int64_t TERMS = 16;                // panels of terms, and of columns, that a core's cache
+constexpr int64_t COLUMNS = 8;               // holds while rows pass by
+constexpr int64_t ROOM = 16 << 20;           // bytes of rows that are split at once
+constexpr uint32_t HUGE_BITS = 0x7e800000;   // 2^126: from here on, rounding could overflow
+constexpr uint32_t TINY_BITS = 0x0d800000;   // 2^-100: below it, tiles take the smallest parts for 0
+
+// The three parts of sixteen pairs of terms, each pair in one 32-bit number.
+struct Pairs {
+    __m512i part[PARTS];
+};
+
+// Numbers rows x terms, or terms x rows where `across`.
+struct Matrix {
+    const float* at;
+    int64_t stride;
+    bool across;
+};
+
+inline __mmask16 first_of(int64_t n) { return n >= TILE ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+inline __m512i magnitude(__m512 x) {
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+// Rounds to the nearest number of 8 bits, then what that leaves, and so on. Tiles add up pairs, and
+// it is all the same which terms are a pair, as long as both factors pair the same.
+inline Pairs split(__m512 first, __m512 second) {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
+    Pairs out;
+    for (int64_t p = 0; p < PARTS; ++p) {
+        const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first), half);
+        const __m512i b = _mm512_add_epi32(_mm512_castps_si512(second), half);
+        // (a >> 16) | (b & upper)
+        out.part[p] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, upper, 0xf8);
+        first = _mm512_sub_ps(first, _mm512_castsi512_ps(_mm512_and_si512(a, upper)));
+        second = _mm512_sub_ps(second, _mm512_castsi512_ps(_mm512_and_si512(b, upper)));
+    }
+    return out;
+}
+
+// Exchanges rows and columns of 16 x 16 numbers.
+inline void transpose(__m512i* r) {
+    __m512i t[TILE];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
+// Splits 16 rows of a matrix and 32 terms into tiles. Rows become rows of a tile if `as_rows`, else
+// its columns. Returns whether all fit.
+inline bool split(const Matrix& from, int64_t row, int64_t rows, int64_t term, int64_t terms,
+                  bool as_rows, char* to) {
+    const __m512i least = _mm512_set1_epi32(TINY_BITS), none = _mm512_setzero_si512();
+    __m512i largest = none;
+    bool tiny = false;
+    __m512i pairs[PARTS][TILE];
+    for (int64_t i = 0; i < TILE; ++i) {
+        __m512 a = _mm512_setzero_ps(), b = a;
+        if (from.across) {
+            const float* at = from.at + (term + i) * from.stride + row;
+            const __mmask16 there = first_of(rows - row);
+            if (term + i < terms) a = _mm512_maskz_loadu_ps(there, at);
+            if (term + TILE + i < terms) b = _mm512_maskz_loadu_ps(there, at + TILE * from.stride);
+        } else if (row + i < rows) {
+            const float* at = from.at + (row + i) * from.stride + term;
+            a = _mm512_maskz_loadu_ps(first_of(terms - term), at);
+            b = _mm512_maskz_loadu_ps(first_of(terms - term - TILE), at + TILE);
+            _mm_prefetch(at + SIDE, _MM_HINT_T0);
+            _mm_prefetch(at + SIDE + TILE, _MM_HINT_T0);
+        }
+        const __m512i larger = _mm512_max_epi32(magnitude(a), magnitude(b));
+        largest = _mm512_max_epi32(largest, larger);
+        if (!from.across && !_mm512_cmpge_epi32_mask(larger, least))
+            tiny |= _mm512_test_epi32_mask(larger, larger) != 0;
+        const Pairs both = split(a, b);
+        for (int64_t p = 0; p < PARTS; ++p) pairs[p][i] = both.part[p];
+    }
+    if (from.across)
+        tiny = (_mm512_cmplt_epi32_mask(largest, least) & _mm512_test_epi32_mask(largest, largest)) != 0;
+    for (int64_t p = 0; p < PARTS; ++p) {
+        if (from.across == as_rows) transpose(pairs[p]);
+        for (int64_t i = 0; i < TILE; ++i) _mm512_store_si512(to + p * 2048 + i * 64, pairs[p][i]);
+    }
+    return !tiny && !_mm512_cmpge_epi32_mask(largest, _mm512_set1_epi32(HUGE_BITS));
+}
+
+// Adds the product of two rows of panels to the 32 x 32 sums in tiles 0 to 3, small parts first.
+inline void multiply(const char* left, const char* right, int64_t panels) {
+    for (int64_t i = 0; i < panels; ++i, left += PANEL, right += PANEL) {
+        const auto rows = [=](int part) {
+            _tile_loadd(4, left + part * 2048, 64);
+            _tile_loadd(5, left + part * 2048 + 1024, 64);
+        };
+        const auto columns = [=](int part) {
+            _tile_loadd(6, right + part * 2048, 64);
+            _tile_loadd(7, right + part * 2048 + 1024, 64);
+        };
+        const auto add = [] {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        };
+        rows(0), columns(2), add();
+        columns(1), add();
+        rows(1), add();
+        columns(0), add();
+        rows(2), add();
+        rows(0), add();
+    }
+}
+
+struct Product {
+    Matrix a, b;  // b by column
+    const float* bias;
+    int64_t m, n, k;
+    float* out;
+    int64_t stride;
+    bool add;
+};
+
+// 32 x 32 sums of `p`, from row r and column c on: what is there so far, and `panels` of terms more.
+void square(const Product& p, int64_t r, int64_t c, bool begun, const char* left, const char* right,
+            int64_t panels) {
+    const int64_t rows = std::min(SIDE, p.m - r), columns = std::min(SIDE, p.n - c);
+    alignas(64) float edge[SIDE * SIDE];
+    float* at = p.out + r * p.stride + c;
+    const bool whole = rows == SIDE && columns == SIDE;
+    float* sums = whole ? at : edge;
+    const int64_t stride = whole ? p.stride : SIDE, low = TILE * stride;
+    if (!whole) {
+        std::fill(edge, edge + SIDE * SIDE, 0.0f);
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j)
+                edge[i * SIDE + j] = begun ? at[i * p.stride + j] : p.bias ? p.bias[c + j] : 0.0f;
+    }
+    if (begun || !whole) {
+        _tile_loadd(0, sums, stride * 4);
+        _tile_loadd(1, sums + TILE, stride * 4);
+        _tile_loadd(2, sums + low, stride * 4);
+        _tile_loadd(3, sums + low + TILE, stride * 4);
+    } else if (p.bias) {  // a stride of 0 gives each row of a tile the same numbers
+        _tile_loadd(0, p.bias + c, 0);
+        _tile_loadd(1, p.bias + c + TILE, 0);
+        _tile_loadd(2, p.bias + c, 0);
+        _tile_loadd(3, p.bias + c + TILE, 0);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    multiply(left, right, panels);
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + TILE, stride * 4);
+    _tile_stored(2, sums + low, stride * 4);
+    _tile_stored(3, sums + low + TILE, stride * 4);
+    if (whole) return;
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) at[i * p.stride + j] = edge[i * SIDE + j];
+}
+
+inline int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+};
+
+// A thread's memory, kept for its next product: fresh memory costs as much as filling it.
+struct Room {
+    std::unique_ptr<char, Free> memory;
+    int64_t bytes = 0;
+
+    char* of(int64_t wanted) {
+        if (wanted > bytes) {
+            memory.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
+            bytes = wanted;
+        }
+        return memory.get();
+    }
+};
+
+thread_local Room rows_room, columns_room;
+
+// Rows of `p` from `begin` on, before `end`; false if numbers are too large or too small.
+bool multiply_rows(const Product& p, int64_t begin, int64_t end, char* left) {
+    const int64_t panels = parts_of(p.k, SIDE), blocks = parts_of(end - begin, SIDE);
+    const int64_t bands = parts_of(p.n, COLUMNS * SIDE);
+    bool fits = true;
+#pragma omp parallel reduction(&& : fits)
+    {
+        Tiles before, mine;  // torch's own products find their tiles as they left them
+        _tile_storeconfig(&before);
+        _tile_loadconfig(&mine);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t j = 0; j < 2 * panels; ++j) {
+                const int64_t i = p.a.across ? j / 2 : j % panels, half = p.a.across ? j % 2 : j / panels;
+                fits &= split(p.a, begin + block * SIDE + half * TILE, end, i * SIDE, p.k, true,
+                              left + (block * panels + i) * PANEL + half * 1024);
+            }
+        char* right = columns_room.of(COLUMNS * TERMS * PANEL);
+        // Where columns are few, threads share their rows out, and each splits the columns it needs.
+        const int64_t shares = std::min(blocks, parts_of(2 * omp_get_num_threads(), bands));
+        const int64_t share = parts_of(blocks, shares);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t band = 0; band < bands; ++band)
+            for (int64_t part = 0; part < shares; ++part)
+                for (int64_t first = 0; first < panels; first += TERMS) {
+                    const int64_t column = band * COLUMNS * SIDE, n = std::min(TERMS, panels - first);
+                    const int64_t columns = std::min(COLUMNS, parts_of(p.n - column, SIDE));
+                    for (int64_t j = 0; j < 2 * columns * n; ++j) {  // in the order of memory
+                        const int64_t i = p.b.across ? j / (2 * columns) : j % n;
+                        const int64_t half = p.b.across ? j % (2 * columns) : j / n;
+                        fits &= split(p.b, column + half * TILE, p.n, (first + i) * SIDE, p.k, false,
+                                      right + (half / 2 * TERMS + i) * PANEL + half % 2 * 1024);
+                    }
+                    for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); ++block)
+                        for (int64_t c = 0; c < columns; ++c)
+                            square(p, begin + block * SIDE, column + c * SIDE, p.add || first,
+                                   left + (block * panels + first) * PANEL,
+                                   right + c * TERMS * PANEL, n);
+                }
+        _tile_loadconfig(&before);
+    }
+    return fits;
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = a b + bias, or out += a b: a of m x k and b of k x n, each with one stride of 1 (the other
+// is given, and whether it is the one of k). Sets `unfit`, and leaves anything in out, where a row
+// or column has numbers of 2^126 and more, or none of 2^-100 and more.
+void split_product(const float* a, int64_t a_stride, int64_t a_across, const float* b, int64_t b_stride,
+                   int64_t b_across, const float* bias, int64_t m, int64_t n, int64_t k, float* out,
+                   int64_t out_stride, int64_t add, uint8_t* unfit) {
+    const Product p{{a, a_stride, a_across != 0}, {b, b_stride, b_across != 0}, bias, m, n, k, out,
+                    out_stride, add != 0};
+    const int64_t row = parts_of(k, SIDE) * PANEL / SIDE;  // bytes
+    const int64_t step = std::max(8 * SIDE, ROOM / row / SIDE * SIDE);
+    char* left = rows_room.of(std::min(step, parts_of(m, SIDE) * SIDE) * row);
+    bool fits = true;
+    for (int64_t begin = 0; begin < m && fits; begin += step)
+        fits = multiply_rows(p, begin, std::min(m, begin + step), left);
+    *unfit = !fits;
+}
+
+}  // extern "C"
+
+#endif
