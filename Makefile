@@ -34,12 +34,13 @@ parity: $(INSTALLED)
 	tests/parity/environment.sh
 	$(BIN)/python -m pytest -m parity
 
-# The tables of docs/performance.md; on a machine that does nothing else.
+# The tables of docs/performance.md; on a machine that does nothing else, an hour or two.
+BENCHMARKS = training_speed time_to_fvu training_profile families_speed scaling gpu_training \
+	extraction_speed context_speed encode_speed analysis_speed query_speed codes_memory memory \
+	steering_speed annotate_speed
 benchmarks: $(INSTALLED)
 	benchmarks/peers.sh
-	$(BIN)/python benchmarks/training_speed.py --write
-	$(BIN)/python benchmarks/extraction_speed.py --write
-	$(BIN)/python benchmarks/memory.py --write
+	for job in $(BENCHMARKS); do $(BIN)/python benchmarks/$$job.py --write || exit; done
 
 # torch first and pinned: a range that admits a newer one would fetch gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt
