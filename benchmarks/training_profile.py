@@ -36,6 +36,7 @@ PARTS = {
     "by_latent": "gradients, latent by latent",
     "latent_gradients": "gradients, latent by latent",
     "latent_gradients_by_rows": "gradients, latent by latent",
+    "latent_gradients_by_slices": "gradients, latent by latent",
     "adamw": "AdamW, unit rows",
 }
 PRODUCT, WHOLE = "encoder: product", "saefty's whole step"

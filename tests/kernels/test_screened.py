@@ -177,10 +177,35 @@ def test_a_product_that_rounds_otherwise_changes_nothing(screening, monkeypatch)
         rough = (x.double() @ W.double() + bias.double()).bfloat16()
         return out.copy_(rough) if out is not None else rough
 
+    def other_without_bias(W, x, out=None):
+        if x.dtype != torch.bfloat16:
+            return multiply(W, x) if out is None else multiply(W, x, out=out)
+        calls.append(1)
+        rough = (W.double() @ x.double()).bfloat16()
+        return out.copy_(rough) if out is not None else rough
+
+    multiply, calls = torch.mm, []
     monkeypatch.setattr(screened.torch, "addmm", other)
+    monkeypatch.setattr(screened.torch, "mm", other_without_bias)
     after = screening.topk(x, W, b, K)
     assert torch.equal(before.values, after.values)
     assert torch.equal(before.indices, after.indices)
+    assert calls or type(screening) is not type(SCREENED)
+
+
+def test_memory_that_is_kept_leaves_no_trace_of_another_encoder():
+    fresh = [KERNELS["screened"]().topk(*inputs(kind), K) for kind in ("gaussian", "large biases")]
+    kernels = KERNELS["screened"]()
+    for _ in range(2):
+        for kind, wanted in zip(("gaussian", "large biases"), fresh, strict=True):
+            code = kernels.topk(*inputs(kind), K)
+            assert torch.equal(code.values, wanted.values)
+            assert torch.equal(code.indices, wanted.indices)
+    x, W, b = inputs("gaussian")  # a narrower encoder, and fewer rows
+    x, W, b = x[:300, :-1], W[:-1, : D_SAE // 2].T.contiguous().T.repeat(1, 2), b
+    code, wanted = kernels.topk(x, W, b, K), KERNELS["screened"]().topk(x, W, b, K)
+    assert torch.equal(code.values, wanted.values)
+    assert torch.equal(code.indices, wanted.indices)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

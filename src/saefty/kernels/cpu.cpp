@@ -260,9 +260,9 @@ void by_latent(const Latent* latents, int64_t nnz, int64_t d_sae, int64_t* start
 // unit row of W_dec is taken out. squared[latent] is the squared length of the three together.
 void latent_gradients(const float* values, const float* by_value, const int64_t* row_of,
                       const int64_t* starts, const int64_t* order, const float* x,
-                      const float* error, int64_t d_sae, int64_t d, float scale, const float* W_dec,
-                      int64_t tangent, float* grad_enc, float* grad_dec, float* grad_bias,
-                      float* squared) {
+                      const float* error, int64_t /* n_rows */, int64_t d_sae, int64_t d,
+                      float scale, const float* W_dec, int64_t tangent, float* grad_enc,
+                      float* grad_dec, float* grad_bias, float* squared) {
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t i = 0; i < d_sae; ++i) {
         float *enc = grad_enc + i * d, *dec = grad_dec + i * d;
@@ -278,8 +278,7 @@ void latent_gradients(const float* values, const float* by_value, const int64_t*
         float bias = 0.0f;
         for (int64_t p = starts[i]; p < starts[i + 1]; ++p) bias += by_value[order[p]];
         grad_bias[i] = bias;
-        if (tangent) add_scaled(dec, W_dec + i * d, -dot(dec, W_dec + i * d, d), d);
-        squared[i] = dot(enc, enc, d) + dot(dec, dec, d) + bias * bias;
+        squared[i] = ended(enc, dec, bias, tangent ? W_dec + i * d : nullptr, d);
     }
 }
 

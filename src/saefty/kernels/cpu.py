@@ -24,6 +24,11 @@ CROWDED_ROW = 192
 MANY = 24
 """From this many entries a latent on, their rows are read block by block (measured)."""
 
+SOME, CACHED, LEAST_SLICE = 8, 2**18, 64
+"""With that many entries a latent, rows of more numbers than stay in a core's cache are read by
+slices of at least so many inputs, if all rows' slice does stay there (measured).
+"""
+
 
 @KERNELS.register("cpu")
 class Cpu(Tiled):
@@ -107,11 +112,19 @@ class Cpu(Tiled):
         starts = code.indices.new_empty(d_sae + 1)
         order = torch.empty_like(code.indices)
         call(self._call.by_latent, code.indices, len(order), d_sae, starts, order)
-        many = len(order) >= MANY * d_sae
+        each = len(order) / d_sae
+        sliced = each >= SOME and x.numel() > CACHED >= len(x) * LEAST_SLICE
+        function = (
+            self._call.latent_gradients_by_rows
+            if each >= MANY
+            else self._call.latent_gradients_by_slices
+            if sliced
+            else self._call.latent_gradients
+        )
         call(
-            self._call.latent_gradients_by_rows if many else self._call.latent_gradients,
-            code.values, by_value, code.row_of, starts, order, x, error, d_sae, x.shape[1],
-            float(scale), x if unit is None else unit, int(unit is not None),
+            function,
+            code.values, by_value, code.row_of, starts, order, x, error, len(x), d_sae,
+            x.shape[1], float(scale), x if unit is None else unit, int(unit is not None),
             found.W_enc, found.W_dec, found.b_enc, found.squared,
         )  # fmt: skip
         return found
@@ -163,12 +176,12 @@ class _CompiledScreen(Screen):
         self,
         x: Float[Tensor, "rows d_in"],
         k: int,
-        buffer: Float[Tensor, "most_rows d_sae"],
+        memory: Float[Tensor, "most_entries"],
     ) -> TopkTable:
         """Return the k largest of each row, descending, of equal ones the lower latent first."""
         found = library().functions
         assert found is not None, "a compiled screen is made by compiled kernels"
-        rough_x, pre = x.bfloat16(), buffer[: len(x)]
+        rough_x, pre = x.bfloat16(), memory[: len(x) * len(self.b)].view(len(x), -1)
         torch.addmm(self.rough_bias, rough_x, self.rough.T, out=pre)
         (rows, d_in), d_sae, most = x.shape, len(self.b), CROWDED * k
         candidates = torch.empty(rows, most, dtype=torch.int32)

@@ -141,13 +141,10 @@ void descending(float* values, int64_t* indices, const int64_t* offsets, int64_t
 // where many latents fire in a row, reading rows from cache is worth more than writing once.
 void latent_gradients_by_rows(const float* values, const float* by_value, const int64_t* row_of,
                               const int64_t* starts, const int64_t* order, const float* x,
-                              const float* error, int64_t d_sae, int64_t d, float scale,
-                              const float* W_dec, int64_t tangent, float* grad_enc,
+                              const float* error, int64_t rows, int64_t d_sae, int64_t d,
+                              float scale, const float* W_dec, int64_t tangent, float* grad_enc,
                               float* grad_dec, float* grad_bias, float* squared) {
     const int64_t block = std::max<int64_t>(1, BLOCK_NUMBERS / d);
-    int64_t rows = 0;
-    for (int64_t i = 0; i < d_sae; ++i)
-        if (starts[i] < starts[i + 1]) rows = std::max(rows, row_of[order[starts[i + 1] - 1]] + 1);
     std::vector<int64_t> next(starts, starts + d_sae);
 #pragma omp parallel
     {
@@ -175,12 +172,7 @@ void latent_gradients_by_rows(const float* values, const float* by_value, const 
             float *enc = grad_enc + i * d, *dec = grad_dec + i * d, bias = 0.0f;
             for (int64_t p = starts[i]; p < starts[i + 1]; ++p) bias += by_value[order[p]];
             grad_bias[i] = bias;
-            if (tangent) {
-                const float along = -dot(dec, W_dec + i * d, d);
-#pragma omp simd
-                for (int64_t j = 0; j < d; ++j) dec[j] += along * W_dec[i * d + j];
-            }
-            squared[i] = dot(enc, enc, d) + dot(dec, dec, d) + bias * bias;
+            squared[i] = ended(enc, dec, bias, tangent ? W_dec + i * d : nullptr, d);
         }
     }
 }

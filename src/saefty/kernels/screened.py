@@ -12,6 +12,9 @@ is at least t - ε, and a latent that is screened below t - 2ε cannot be among 
 others are computed anew in float32 and compared. The outcome is the float32 top-k for certain: how
 the bfloat16 product rounds decides only how many latents are looked at twice. Rows for which the
 bound says nothing, because fewer than k latents are clearly positive, are done in float32 at once.
+
+The product has a row for each latent, so that maxima and comparisons are between rows that lie side
+by side in memory, and what is found comes sorted by latent, as computing it anew wants it.
 """
 
 import math
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -28,6 +32,9 @@ from saefty.kernels.torch_sparse import TopkTable, TorchSparse, pair_dots
 
 ROWS = 512
 """Rows screened at once: their product stays in cache."""
+
+LATENTS = 256
+"""Latents rounded at once."""
 
 MEMBERS, COARSER = 8, (8, 4, 2, 1)
 """Latents in a group; how many groups the maximum of which `t` is found may join (fewest last)."""
@@ -54,6 +61,9 @@ taken for 0, as the units for bfloat16 do. The product of two norms covers what 
 
 NEVER = torch.iinfo(torch.int16).max
 
+PADDING = 16
+"""Inputs that are added, one for the bias: products of a width that is no multiple are slower."""
+
 
 @KERNELS.register("screened")
 class Screened(TorchSparse):
@@ -61,6 +71,10 @@ class Screened(TorchSparse):
 
     caution = 1.0
     """What the bound on the error is multiplied by; 0, in training alone, takes it for exact."""
+
+    def __init__(self) -> None:
+        # Kept, because fresh memory costs as much as filling it.
+        self._rough = self._pre = torch.empty(0, dtype=torch.bfloat16)
 
     def topk(
         self,
@@ -76,10 +90,11 @@ class Screened(TorchSparse):
         x, screen = x.detach(), self.screen(W_enc.detach(), b_enc.detach(), coarser)
         values = x.new_empty(len(x), k)
         indices = torch.empty(len(x), k, dtype=torch.long)
-        pre = torch.empty(min(ROWS, len(x)), len(b_enc), dtype=torch.bfloat16)
+        if len(self._pre) < (size := min(ROWS, len(x)) * len(b_enc)):
+            self._pre = torch.empty(size, dtype=torch.bfloat16)
         for start in range(0, len(x), ROWS):
             part = slice(start, start + ROWS)
-            values[part], indices[part] = screen.topk(x[part], k, pre)
+            values[part], indices[part] = screen.topk(x[part], k, self._pre)
         return SparseCode.from_table(values, indices)
 
     def screen(
@@ -87,15 +102,20 @@ class Screened(TorchSparse):
     ) -> "Screen":
         """Round an encoder, a part that stays in cache at a time."""
         W = W_enc.T.contiguous()
-        rough = torch.empty_like(W, dtype=torch.bfloat16)
-        norms, lost = W.new_empty(len(W)), W.new_empty(len(W))
-        for start in range(0, len(W), ROWS):
-            part = slice(start, start + ROWS)
+        d_sae, d_in = W.shape
+        if self._rough.shape != (d_sae, d_in + PADDING):
+            self._rough = torch.zeros(d_sae, d_in + PADDING, dtype=torch.bfloat16)
+        rough, rough_bias = self._rough[:, :d_in], self._rough[:, d_in].copy_(b_enc)
+        norms, lost = W.new_empty(d_sae), W.new_empty(d_sae)
+        difference = W.new_empty(min(LATENTS, d_sae), d_in)
+        for start in range(0, d_sae, LATENTS):
+            part = slice(start, start + LATENTS)
             rough[part] = W[part]
             torch.linalg.vector_norm(W[part], dim=1, out=norms[part])
-            torch.linalg.vector_norm(W[part] - rough[part].float(), dim=1, out=lost[part])
+            left = difference[: len(norms[part])].copy_(rough[part]).sub_(W[part])
+            torch.linalg.vector_norm(left, dim=1, out=lost[part])
         longest, farthest = float(norms.max()), float(lost.max())
-        return Screen(W, b_enc, rough, b_enc.bfloat16(), longest, farthest, coarser, self.table)
+        return Screen(W, b_enc, rough, rough_bias, longest, farthest, coarser, self.table)
 
 
 def _coarser(x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], k: int) -> int:
@@ -136,29 +156,43 @@ class Screen:
         self,
         x: Float[Tensor, "rows d_in"],
         k: int,
-        buffer: Float[Tensor, "most_rows d_sae"],
+        memory: Float[Tensor, "most_entries"],
     ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
         """Return the k largest of each row, descending, of equal ones the lower latent first."""
-        rough_x, pre = x.bfloat16(), buffer[: len(x)]
-        torch.addmm(self.rough_bias, rough_x, self.rough.T, out=pre)
+        rough_x = x.bfloat16()
         # As integers, positive bfloat16 numbers are in the same order, and negative ones below.
-        pre = pre.view(torch.int16)
-        groups = pre.view(len(x), MEMBERS, -1).amax(1)
-        reached = groups.view(len(x), self.coarser, -1).amax(1).view(torch.bfloat16).float()
-        reached = reached.topk(k, dim=1, sorted=False).values.amin(1)
+        pre = self.product(rough_x, memory).view(torch.int16)
+        groups = pre.view(MEMBERS, -1, len(x)).amax(0)
+        maxima = groups.view(self.coarser, -1, len(x)).amax(0).T.contiguous().numpy()
+        place = maxima.shape[1] - k
+        kth = torch.from_numpy(np.partition(maxima, place, axis=1)[:, place].copy())
+        reached = kth.view(torch.bfloat16).float()
         floor = (reached * (1 - ROUNDING) - 2 * self.bound(x, rough_x)) / (1 + ROUNDING)
         sure = (floor > 0) & floor.isfinite()
         # The number before the floor rounded to bfloat16 is below the floor, whichever way it went.
-        least = torch.where(sure, floor.bfloat16().view(torch.int16) - 1, NEVER)[:, None]
-        rows, chosen = (groups >= least).nonzero(as_tuple=True)
-        if not bool(sure.any()) or len(rows) > CROWDED * k * len(x):
+        least = torch.where(sure, floor.bfloat16().view(torch.int16) - 1, NEVER)
+        chosen = (groups >= least).view(-1).nonzero().squeeze(1)
+        if not bool(sure.any()) or len(chosen) > CROWDED * k * len(x):
             return self.table(x, self.W.T, self.b, k)
-        rows, latents = _members(pre, least, rows, chosen)
-        values, indices = self.exact(x, rows, latents, k)
+        values, indices = self.exact(x, *_members(pre, least, chosen), k)
         unsure = (~sure).nonzero().squeeze(1)
         if len(unsure):
             values[unsure], indices[unsure] = self.table(x[unsure], self.W.T, self.b, k)
         return values, indices
+
+    def product(
+        self, rough_x: Float[Tensor, "rows d_in"], memory: Float[Tensor, "most_entries"]
+    ) -> Float[Tensor, "d_sae rows"]:
+        """Return the screened pre-activations: the bias is what an input that is 1 is weighted by.
+
+        As a summand of the product it would take a pass over the product to itself.
+        """
+        (rows, d_in), d_sae = rough_x.shape, len(self.b)
+        given = rough_x.new_zeros(rows, d_in + PADDING)
+        given[:, :d_in] = rough_x
+        given[:, d_in] = 1
+        padded = self.rough.as_strided((d_sae, d_in + PADDING), self.rough.stride())
+        return torch.mm(padded, given.T, out=memory[: d_sae * rows].view(d_sae, rows))
 
     def bound(
         self, x: Float[Tensor, "rows d_in"], rough: Float[Tensor, "rows d_in"]
@@ -183,34 +217,38 @@ class Screen:
         latents: Int[Tensor, "candidates"],
         k: int,
     ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-        """Return the k largest of each row's candidates by their float32 pre-activations."""
+        """Return the k largest of each row's candidates, which are given by ascending latent."""
+        values = (pair_dots(x, self.W, rows, latents) + self.b[latents]).numpy()
+        # Of numbers of 16 bits NumPy's stable sort takes linear time.
+        order = np.argsort(rows.numpy().astype(np.int16), kind="stable")
         counts = torch.bincount(rows, minlength=len(x))
-        starts = counts.cumsum(0) - counts
         width = max(k, int(counts.max()))
-        places = rows * width + torch.arange(len(rows)) - starts[rows]
-        order = torch.sort(latents.int(), stable=True).indices
-        rows, latents, places = rows[order], latents[order], places[order]
-        values = pair_dots(x, self.W, rows, latents) + self.b[latents]
-        table = x.new_full((len(x) * width,), -torch.inf)
-        names = torch.zeros(len(x) * width, dtype=torch.long)
-        table[places], names[places] = values, latents
-        return largest(table.view(-1, width), k, names.view(-1, width))
+        table = np.full((len(x), width), -np.inf, np.float32)
+        table[np.arange(width) < counts.numpy()[:, None]] = values[order]
+        best, columns = largest(torch.from_numpy(table), k)
+        # A row that has too few candidates, which is done anew, may point behind the last one.
+        places = (columns + (counts.cumsum(0) - counts)[:, None]).clamp_(max=len(order) - 1)
+        return best, latents[torch.from_numpy(order)][places]
 
 
 def _members(
-    pre: Int[Tensor, "rows d_sae"],
-    least: Int[Tensor, "rows 1"],
-    rows: Int[Tensor, "chosen"],
-    groups: Int[Tensor, "chosen"],
+    pre: Int[Tensor, "d_sae rows"],
+    least: Int[Tensor, "rows"],
+    chosen: Int[Tensor, "chosen"],
 ) -> tuple[Int[Tensor, "candidates"], Int[Tensor, "candidates"]]:
-    """Return row and latent of what is at least its row's least within the groups chosen."""
-    d_sae = pre.shape[1]
-    n_groups = d_sae // MEMBERS
-    places = (rows * d_sae + groups)[:, None] + torch.arange(MEMBERS) * n_groups
-    hits = (pre.view(-1)[places] >= least[rows]).view(-1).nonzero().squeeze(1)
-    found = places.view(-1)[hits]
-    rows = rows[hits // MEMBERS]
-    return rows, found - rows * d_sae
+    """Return row and latent of what is at least its row's least within the groups chosen.
+
+    A group that was chosen for a row is given by its place in the product's first groups.
+    """
+    rows, n_groups = len(least), len(pre) // MEMBERS
+    groups = chosen.int().numpy() // rows
+    of = chosen.int().numpy() - groups * rows  # dividing once is several times as fast as divmod
+    found = pre.view(MEMBERS, -1)[:, chosen] >= least[torch.from_numpy(of)]
+    hits = np.flatnonzero(found.numpy())
+    member = hits // max(len(of), 1)
+    which = hits - member * len(of)
+    latents = groups[which] + member * n_groups
+    return torch.from_numpy(of[which].astype(np.int64)), torch.from_numpy(latents)
 
 
 @cache

@@ -53,4 +53,12 @@ inline void add_all(float* out, int64_t begin, int64_t end, int64_t d, Row row, 
     for (; e < end; ++e) add_scaled(out, row(e), factor(e), d);
 }
 
+// Ends both sums of a latent: with `unit`, takes out of dec what is parallel to it. Returns the
+// squared length of the three gradients. It is never inlined, so that all callers get the same bits.
+__attribute__((noinline)) inline float ended(const float* enc, float* dec, float bias,
+                                             const float* unit, int64_t d) {
+    if (unit) add_scaled(dec, unit, -dot(dec, unit, d), d);
+    return dot(enc, enc, d) + dot(dec, dec, d) + bias * bias;
+}
+
 }  // namespace

@@ -14,29 +14,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
-#include <limits>
 #include <vector>
 
-#include "sums.h"
+#include "selection.h"
 
 namespace {
 
 using Latent = int64_t;
 
-constexpr int64_t TILE = 16;          // rows of a tile, and float32 numbers in a row of it
-constexpr int64_t SIDE = 2 * TILE;    // a product is computed that many rows and latents at a time
-constexpr int64_t MOST_ROWS = 512;    // whose roundings and candidates stay in a core's cache
-constexpr float INFINITE = std::numeric_limits<float>::infinity(), NONE = -INFINITE;
-
-inline float tile_dot(const float* a, const float* b, int64_t d) {  // d is a multiple of 32
-    __m512 even = _mm512_setzero_ps(), odd = even;
-    for (int64_t i = 0; i < d; i += SIDE) {
-        even = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), even);
-        odd = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + TILE), _mm512_loadu_ps(b + i + TILE), odd);
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
-}
+constexpr int64_t MOST_ROWS = 512;  // whose roundings and candidates stay in a core's cache
 
 // Rounds to bfloat16 (to the nearest, ties to even); squared lengths of all, and of what was lost.
 inline void round_row(const float* from, int64_t d, int16_t* to, float& squared, float& lost) {
@@ -56,64 +42,6 @@ inline void round_row(const float* from, int64_t d, int16_t* to, float& squared,
     lost = missing;
 }
 
-// A row's rough pre-activations from `floor` on.
-struct Row {
-    int64_t number;
-    float norm, bound, begun, floor, certain;
-    int64_t n;
-    float* values;
-    int32_t* latents;
-
-    void add(__mmask16 mask, __m512 found, __m512i names) {
-        _mm512_storeu_ps(values + n, _mm512_maskz_compress_ps(mask, found));
-        _mm512_storeu_si512(latents + n, _mm512_maskz_compress_epi32(mask, names));
-        n += __builtin_popcount(mask);
-    }
-
-    // A number that at least k of those here reach, and hardly more (n >= k).
-    float reached(int64_t k) const {
-        float low = floor, high = floor;
-#pragma omp simd reduction(max : high)
-        for (int64_t i = 0; i < n; ++i) high = std::max(high, values[i]);
-        for (int step = 0; step < 14; ++step) {
-            const float middle = 0.5f * (low + high);
-            int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-            for (int64_t i = 0; i < n; ++i) count += values[i] >= middle;
-            (count >= k ? low : high) = middle;
-        }
-        return low;
-    }
-
-    // Drops what cannot be among the k largest; returns what at least k of the others reach.
-    float tighten(int64_t k) {
-        if (n < k) return floor;
-        const float least = reached(k);
-        floor = std::max(floor, least - 2 * bound);
-        const __m512 lowest = _mm512_set1_ps(floor);
-        int64_t end = n;
-        n = 0;
-        for (int64_t i = 0; i < end; i += TILE) {
-            const __mmask16 there = end - i >= TILE ? 0xffff : (1u << (end - i)) - 1;
-            const __m512 found = _mm512_maskz_loadu_ps(there, values + i);
-            const __m512i names = _mm512_maskz_loadu_epi32(there, latents + i);
-            add(_mm512_mask_cmp_ps_mask(there, found, lowest, _CMP_GE_OQ), found, names);
-        }
-        return least;
-    }
-
-    void give_up() {
-        n = 0;
-        floor = INFINITE;
-    }
-};
-
-struct alignas(64) Tiles {  // what the processor reads to shape its tile registers
-    uint8_t palette = 1, first_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
-};
-
 struct Encoder {
     const float *x, *W, *b;
     const int16_t* packed;
@@ -121,13 +49,20 @@ struct Encoder {
     float longest, farthest, largest_bias, summing, vanished;
 };
 
+// Sums of 32 rows and latents, of which no row has taken what may be among its k largest.
+struct Square {
+    alignas(64) float sums[SIDE * SIDE];
+    Row* rows;
+    int64_t n, first;
+};
+
 // One thread's part of the work.
 class Worker {
    public:
     Worker(const Encoder& encoder, int64_t rows, float* values, Latent* latents, uint8_t* unsure)
         : e(encoder), room(e.most + SIDE + TILE), values(values), latents(latents), unsure(unsure),
-          rounded(rows * e.d + SIDE), held(rows * room), exact(rows * room), names(rows * room),
-          rows(rows) {
+          rounded(rows * e.d + SIDE), line(e.d), held(rows * room), exact(rows * room),
+          names(rows * room), rows(rows) {
         const auto at = reinterpret_cast<uintptr_t>(rounded.data());
         a = reinterpret_cast<int16_t*>((at + 63) / 64 * 64);
     }
@@ -135,11 +70,18 @@ class Worker {
     // Rows for which the floor they began with was too high come back in `again`.
     void work(const int64_t* numbers, int64_t n, std::vector<int64_t>& again) {
         begin(numbers, n);
+        const int64_t blocks = (n + SIDE - 1) / SIDE;
+        Square *next = &squares[0], *done = &squares[1];
+        done->n = 0;
         for (int64_t first = 0; first < e.d_sae; first += SIDE)
-            for (int64_t r = 0; r < n; r += SIDE) {
-                multiply(a + r * e.d, first);
-                collect(rows.data() + r, std::min(SIDE, n - r), first);
+            for (int64_t block = 0; block < blocks; ++block) {
+                next->rows = &rows[block * SIDE];
+                next->n = std::min(SIDE, n - block * SIDE);
+                next->first = first;
+                multiply(block, blocks, *next, *done);
+                std::swap(next, done);
             }
+        collect(*done, 0, SIDE);
         finish(n, again);
         scratch.clear();
         for (int64_t r : sure)
@@ -155,9 +97,14 @@ class Worker {
 
    private:
     void begin(const int64_t* numbers, int64_t n) {
+        std::fill(a + n / SIDE * SIDE * e.d, a + (n + SIDE - 1) / SIDE * SIDE * e.d, 0);
         for (int64_t r = 0; r < n; ++r) {
             float squared, lost;
-            round_row(e.x + numbers[r] * e.d, e.d, a + r * e.d, squared, lost);
+            round_row(e.x + numbers[r] * e.d, e.d, line.data(), squared, lost);
+            // Tiles of 16 rows and 32 inputs, two of them below each other: what is loaded together
+            // lies together.
+            int16_t* to = a + r / SIDE * SIDE * e.d + r % SIDE * SIDE;
+            for (int64_t i = 0; i < e.d; i += SIDE) std::copy_n(&line[i], SIDE, to + i * SIDE);
             const float norm = std::sqrt(squared) + e.vanished, gone = std::sqrt(lost) + e.vanished;
             // What rounding the sums does counts for both products; 0.01 % is for the norms' own.
             const float bound = (gone * e.longest + (norm + gone) * e.farthest +
@@ -168,43 +115,49 @@ class Worker {
             rows[r] = {numbers[r], norm, bound, floor, floor, floor, 0, &held[r * room], &names[r * room]};
             unsure[numbers[r]] = !known;
         }
-        const int64_t whole = (n + SIDE - 1) / SIDE * SIDE;
-        std::fill(a + n * e.d, a + whole * e.d, 0);
     }
 
-    void multiply(const int16_t* left, int64_t first) {
-        const int16_t *right = e.packed + first * e.d, *next = right + TILE * e.d;
-        const int16_t* lower = left + TILE * e.d;
-        const float* bias = e.b + first;  // a stride of 0 gives each row of a tile the same numbers
+    // Multiplies into `to`, and meanwhile, as the tiles have units of their own, collects from `done`.
+    void multiply(int64_t block, int64_t blocks, Square& to, const Square& done) {
+        const int16_t *left = a + block * SIDE * e.d, *right = e.packed + to.first * e.d;
+        const int16_t *low = right + TILE * e.d, *ahead = right + SIDE * e.d;
+        const float* bias = e.b + to.first;  // a stride of 0 gives each row of a tile the same numbers
         _tile_loadd(0, bias, 0);
         _tile_loadd(1, bias + TILE, 0);
         _tile_loadd(2, bias, 0);
         _tile_loadd(3, bias + TILE, 0);
-        for (int64_t i = 0; i < e.d; i += SIDE) {
-            _tile_loadd(4, left + i, e.d * 2);
-            _tile_loadd(6, right + i * TILE, 64);
+        const int64_t steps = e.d / SIDE, each = (SIDE + steps - 1) / steps;
+        const int64_t lines = (SIDE + blocks - 1) / blocks;
+        for (int64_t step = 0; step < steps; ++step) {
+            // Every other time from the end: what was read last is still in the first cache.
+            const int64_t at = (block % 2 ? steps - 1 - step : step) * SIDE;
+            _tile_loadd(4, left + at * SIDE, 64);
+            _tile_loadd(6, right + at * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, next + i * TILE, 64);
+            _tile_loadd(7, low + at * TILE, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, lower + i, e.d * 2);
+            _tile_loadd(5, left + at * SIDE + TILE * SIDE, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+            for (int64_t i = 0; i < lines; ++i)
+                _mm_prefetch(ahead + ((block * steps + step) * lines + i) * SIDE, _MM_HINT_T1);
+            collect(done, step * each, (step + 1) * each);
         }
-        _tile_stored(0, square, SIDE * 4);
-        _tile_stored(1, square + TILE, SIDE * 4);
-        _tile_stored(2, square + TILE * SIDE, SIDE * 4);
-        _tile_stored(3, square + TILE * SIDE + TILE, SIDE * 4);
+        _tile_stored(0, to.sums, SIDE * 4);
+        _tile_stored(1, to.sums + TILE, SIDE * 4);
+        _tile_stored(2, to.sums + TILE * SIDE, SIDE * 4);
+        _tile_stored(3, to.sums + TILE * SIDE + TILE, SIDE * 4);
     }
 
-    void collect(Row* part, int64_t n, int64_t first) {
+    void collect(const Square& done, int64_t from, int64_t end) {
         const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i left = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), counting);
+        const __m512i left = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(done.first)), counting);
         const __m512i right = _mm512_add_epi32(left, _mm512_set1_epi32(TILE));
-        for (int64_t r = 0; r < n; ++r) {
-            Row& row = part[r];
+        for (int64_t r = from; r < std::min(end, done.n); ++r) {
+            Row& row = done.rows[r];
             const __m512 least = _mm512_set1_ps(row.floor);
-            const __m512 one = _mm512_load_ps(square + r * SIDE);
-            const __m512 two = _mm512_load_ps(square + r * SIDE + TILE);
+            const __m512 one = _mm512_load_ps(done.sums + r * SIDE);
+            const __m512 two = _mm512_load_ps(done.sums + r * SIDE + TILE);
             const __mmask16 in_one = _mm512_cmp_ps_mask(one, least, _CMP_GE_OQ);
             const __mmask16 in_two = _mm512_cmp_ps_mask(two, least, _CMP_GE_OQ);
             if (!(in_one | in_two)) continue;
@@ -237,7 +190,7 @@ class Worker {
         places.clear();
         for (int64_t r : sure)
             for (int64_t c = 0; c < rows[r].n; ++c) {
-                exact[r * room + c] = -INFINITE;
+                exact[r * room + c] = NONE;
                 if (rows[r].values[c] >= rows[r].certain) places.push_back(r * room + c);
             }
         compute();
@@ -245,9 +198,7 @@ class Worker {
         for (int64_t r : sure) {
             const Row& row = rows[r];
             if (row.n <= e.k) continue;
-            scratch.assign(&exact[r * room], &exact[r * room] + row.n);
-            std::nth_element(scratch.begin(), scratch.begin() + (e.k - 1), scratch.end(), std::greater<float>());
-            const float least = scratch[e.k - 1] - row.bound;
+            const float least = kth_largest(&exact[r * room], row.n, e.k) - row.bound;
             for (int64_t c = 0; c < row.n; ++c)
                 if (row.values[c] < row.certain && row.values[c] >= least)
                     places.push_back(r * room + c);
@@ -263,22 +214,46 @@ class Worker {
         for (int64_t i = 0; i < e.d_sae; ++i) starts[i + 1] += starts[i];
         order.resize(places.size());
         for (int32_t place : places) order[starts[names[place]]++] = place;
-        for (int32_t place : order) {
-            const float *row = e.x + rows[place / room].number * e.d, *W = e.W + names[place] * e.d;
-            exact[place] = tile_dot(row, W, e.d) + e.b[names[place]];
+        const int64_t n = order.size();
+        for (int64_t p = 0; p < n;) {
+            const int32_t latent = names[order[p]];
+            const int64_t end = starts[latent];
+            if (end < n) {
+                const float* ahead = e.W + names[order[end]] * e.d;
+                for (int64_t i = 0; i < e.d; i += TILE) _mm_prefetch(ahead + i, _MM_HINT_T1);
+            }
+            while (p < end) p += end - p >= 4 ? together<4>(p, latent) : together<1>(p, latent);
         }
     }
 
+    template <int N>
+    int64_t together(int64_t p, int64_t latent) {
+        const float* inputs[N];
+        float sums[N];
+        for (int n = 0; n < N; ++n) inputs[n] = e.x + rows[order[p + n] / room].number * e.d;
+        dots<N>(inputs, e.W + latent * e.d, e.d, sums);
+        for (int n = 0; n < N; ++n) exact[order[p + n]] = sums[n] + e.b[latent];
+        return N;
+    }
+
+    // Of equal ones the lower latent goes first: candidates stand by latent.
     void write(const Row& row, const float* scores) {
-        found.clear();
-        for (int64_t c = 0; c < row.n; ++c)
-            if (scores[c] > -INFINITE) found.push_back({scores[c], row.latents[c]});
-        const int64_t n = std::min<int64_t>(e.k, found.size());
-        std::partial_sort(found.begin(), found.begin() + n, found.end(), precedes);
-        found.resize(e.k, {0.0f, 0});
-        for (int64_t j = 0; j < e.k; ++j) {
-            values[row.number * e.k + j] = found[j].value;
-            latents[row.number * e.k + j] = found[j].latent;
+        float* to = values + row.number * e.k;
+        Latent* who = latents + row.number * e.k;
+        std::fill(to, to + e.k, 0.0f);
+        std::fill(who, who + e.k, 0);
+        for (int64_t c = 0; c < row.n; c += TILE) {
+            const __m512 found = _mm512_maskz_loadu_ps(first_of(row.n - c), scores + c);
+            const __m512i rank = ranks(scores, row.n, c);
+            __mmask16 in = _mm512_cmplt_epi32_mask(rank, _mm512_set1_epi32(static_cast<int>(e.k)));
+            in = _mm512_mask_cmp_ps_mask(in & first_of(row.n - c), found, _mm512_set1_ps(NONE), _CMP_GT_OQ);
+            alignas(64) int32_t place[TILE];
+            _mm512_store_si512(place, rank);
+            for (; in; in &= in - 1) {
+                const int i = __builtin_ctz(in);
+                to[place[i]] = scores[c + i];
+                who[place[i]] = row.latents[c + i];
+            }
         }
     }
 
@@ -287,14 +262,13 @@ class Worker {
     float* values;
     Latent* latents;
     uint8_t* unsure;
-    std::vector<int16_t> rounded;
+    std::vector<int16_t> rounded, line;
     std::vector<float> held, exact, scratch;
     std::vector<int32_t> names, places, order, starts;
     std::vector<int64_t> sure;
     std::vector<Row> rows;
-    std::vector<Candidate> found;
     int16_t* a;
-    alignas(64) float square[SIDE * SIDE];
+    Square squares[2];
 };
 
 }  // namespace

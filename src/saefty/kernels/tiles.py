@@ -35,6 +35,7 @@ class Tiled(Reaching):
     """Selects the k largest of each row in tiles, where there are any."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._tiles = ready()
         self._packed = torch.empty(0, dtype=torch.bfloat16)
 

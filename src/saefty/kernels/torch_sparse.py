@@ -5,10 +5,13 @@ only the chosen entries leave it. Decoding and the weight gradients are `embeddi
 the entries of a row and (after sorting the entries by latent) over those of a latent; each sum is
 done by one thread in a fixed order, so results do not depend on the number of threads. The dot
 products for the encoder's gradient reuse the backward of `embedding_bag`, which reads the decoder
-rows in place.
+rows in place. Where memory for the weight gradients is there already, and MKL is, its sparse
+products write into it: `embedding_bag` makes its own, and fresh memory costs more than the sums.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -154,13 +157,8 @@ class TorchSparse:
         """Sum over each latent's entries, weighted; a latent that does not fire gets zeros."""
         order = code.feature_order
         counts = torch.bincount(code.indices, minlength=d_sae)
-        return functional.embedding_bag(
-            code.row_of[order],
-            rows,
-            counts.cumsum(0) - counts,
-            mode="sum",
-            per_sample_weights=weights[order],
-        )
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return _bags(offsets, code.row_of[order], weights[order], rows)
 
     def errors(
         self,
@@ -184,15 +182,23 @@ class TorchSparse:
         unit: Float[Tensor, "d_sae d_in"] | None = None,
         into: LatentGradients | None = None,
     ) -> LatentGradients:
-        """Sum three times; `embedding_bag` makes its own memory."""
-        W_dec = self.weight_grad(code.values * scale, code, error, d_sae)
-        if unit is not None:
-            remove_parallel(W_dec, unit)
-        return LatentGradients.of(
-            self.weight_grad(by_value, code, x, d_sae),
-            self.weight_grad(by_value, code, x.new_ones(len(x), 1), d_sae).squeeze(1),
-            W_dec,
-        )
+        """Sum by latent, then take what is parallel out and measure, a part in cache at a time."""
+        found = into or LatentGradients.empty(d_sae, x)
+        order = code.feature_order
+        counts = torch.bincount(code.indices, minlength=d_sae)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        rows, values, by_value = code.row_of[order], code.values[order] * scale, by_value[order]
+        sum_rows(offsets, rows, values, error, found.W_dec)
+        sum_rows(offsets, rows, by_value, x, found.W_enc)
+        sum_rows(offsets, rows, by_value, x.new_ones(len(x), 1), found.b_enc[:, None])
+        for start in range(0, d_sae, CHUNK_ROWS):
+            part = found.part(start, start + CHUNK_ROWS)
+            if unit is not None:
+                remove_parallel(part.W_dec, unit[start : start + CHUNK_ROWS])
+            torch.linalg.vecdot(part.W_enc, part.W_enc, out=part.squared)
+            part.squared.add_(torch.linalg.vecdot(part.W_dec, part.W_dec))
+            part.squared.addcmul_(part.b_enc, part.b_enc)
+        return found
 
     def adamw(
         self,
@@ -217,6 +223,62 @@ class TorchSparse:
         )  # fmt: skip
         if unit:
             weights.div_(weights.norm(dim=1, keepdim=True))
+
+
+def sum_rows(
+    offsets: Int[Tensor, "d_sae_plus_1"],
+    entries: Int[Tensor, "nnz"],
+    weights: Float[Tensor, "nnz"],
+    rows: Float[Tensor, "rows d"],
+    out: Float[Tensor, "d_sae d"],
+) -> None:
+    """Write the weighted sum of each latent's rows, which entries i : j name, where out says."""
+    if rows.shape[1] > 1 and multiplies_in_place(rows.device.type, rows.dtype):
+        size = (len(out), len(rows))
+        # In 32 bits, as the library wants them.
+        places = offsets.int(), entries.int()
+        sparse = torch.sparse_csr_tensor(*places, weights, size=size, check_invariants=False)
+        torch.addmm(out, sparse, rows, beta=0, out=out)
+    else:
+        out.copy_(_bags(offsets, entries, weights, rows))
+
+
+def _bags(
+    offsets: Int[Tensor, "d_sae_plus_1"],
+    entries: Int[Tensor, "nnz"],
+    weights: Float[Tensor, "nnz"],
+    rows: Float[Tensor, "rows d"],
+) -> Float[Tensor, "d_sae d"]:
+    return functional.embedding_bag(
+        entries, rows, offsets[:-1], mode="sum", per_sample_weights=weights
+    )
+
+
+@cache
+def multiplies_in_place(device: str, dtype: torch.dtype) -> bool:
+    """Return whether a sparse product can take the place of `embedding_bag`.
+
+    It has to give the same bits, for latents that do not fire as well, and whatever stood in the
+    memory before: a run that goes on elsewhere must not depend on which of them summed.
+    """
+    known = dtype in (torch.float32, torch.float64)
+    if device != "cpu" or not (known and torch.backends.mkl.is_available()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 40, (96,), generator=generator)
+    counts[::7] = 0
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    entries = torch.randint(0, 64, (int(offsets[-1]),), generator=generator)
+    weights = torch.randn(len(entries), dtype=dtype, generator=generator)
+    rows = torch.randn(64, 80, dtype=dtype, generator=generator)
+    out = torch.full((96, 80), torch.nan, dtype=dtype)
+    with warnings.catch_warnings():  # that sparse tensors are new, said once a process
+        warnings.simplefilter("ignore")
+        sparse = torch.sparse_csr_tensor(
+            offsets.int(), entries.int(), weights, size=(96, 64), check_invariants=False
+        )
+        torch.addmm(out, sparse, rows, beta=0, out=out)
+    return torch.equal(out, _bags(offsets, entries, weights, rows))
 
 
 def remove_parallel(gradient: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"]) -> None:
