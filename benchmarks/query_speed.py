@@ -91,7 +91,10 @@ def write_tables(folder: Path, store: FeatureStore, tokens: int) -> None:
 
 
 def ours(folder: str, latents: list[int]) -> dict:
-    """Ask the feature store, as a notebook does; the first question verifies the whole index."""
+    """Ask the feature store, as a notebook does; each question verifies what it reads of the index.
+
+    What was verified is not verified again in a process, so `held` is asked of what `anew` read.
+    """
     anew, held, answers = [], [], []
 
     def timed(store: FeatureStore | None, latent: int) -> float:

@@ -71,7 +71,7 @@ SHARED = {
         "vlm",
     },
     "saes": {"base", "cfg", "published", "scaler", "threshold", "elementwise"},
-    "stores": {"base", "activations", "features", "index", "sentences", "jsonl"},
+    "stores": {"base", "activations", "blocks", "features", "index", "sentences", "jsonl"},
     "kernels": {"base", "torch_sparse", "screened", "compiled", "reaching", "tiles"},
     "metrics": {"base", "intervals"},
     "stages": {"base", "rows"},

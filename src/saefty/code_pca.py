@@ -8,10 +8,14 @@ The components are eigenvectors v of AᵀA with A = (X - 1 mᵀ) D, with m = 0 a
 A block Lanczos method finds them that multiplies by X alone: neither A nor a dense X is made. The
 space for raw codes begins with the mean and so serves centred codes too, whose AᵀA is
 XᵀX - n m mᵀ. A space grows until ‖AᵀA v - σ² v‖, which is known without another product, shows
-that σ² is right and, where a component stands out, that v is.
+that σ² is right and, where a component stands out, that v is. That σ² is right, any v of the space
+may show: the one for which ‖AᵀA v - σ² v‖ is least shows it several steps before the component
+itself does, because of components that are about as long the space holds mixtures.
 
 Source: Golub and Underwood 1977, "The block Lanczos method for computing eigenvalues"; on how few
-steps it takes from a random start, Musco and Musco 2015 (arXiv:1504.05477).
+steps it takes from a random start, Musco and Musco 2015 (arXiv:1504.05477); on the vectors of least
+‖AᵀA v - σ² v‖, Jia 1997, "Refined iterative algorithms based on Arnoldi's process for large
+unsymmetric eigenproblems".
 """
 
 from collections.abc import Iterator
@@ -19,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 
 from saefty.metrics.firing import widened
 from saefty.token_sample import Block, TokenSample
@@ -29,7 +33,8 @@ BLOCK = 2  # random vectors that a space begins with: as many equal components a
 DENSE_BLOCK = 8  # where a pass over the codes costs far more than one vector more
 MOST_VECTORS = 128  # of a space
 EXACT = 1e-7  # ‖AᵀA v - σ² v‖ / σ² at most, of a component that stands out
-ROUGH = 0.03  # and of one that does not: its σ is within 1.5 %
+ROUGH = 0.015  # of some v, where a component does not: its σ is within 1.5 %
+NEAR = 12  # components of a space of which that v is made
 LOOKS = 2  # steps from one look at them to the next
 FORMS = ("raw", "centred", "standardised")
 APART = 1.1
@@ -37,6 +42,7 @@ DENSE_VALUES = 1 << 26  # of dense codes that are looked at: about 3,000 tokens 
 HELD_VALUES = 1 << 24  # of sparse codes that are held in double precision: 200 MB
 CONSTANT = 1e-12  # share of the mean square below which a latent's variance is rounding
 TINY = 1e-10  # share of AᵀA below which a direction is rounding
+LOST = 1e-3  # what is left of a vector once what is known is taken off: below, that is done again
 NOTHING = 1e-7  # σ, as a share of the first one, below which a component is rounding
 
 
@@ -89,7 +95,7 @@ def project_codes(sample: TokenSample, seed: int = 0) -> CodePca:
     """
     codes = _Codes(_thinned(sample))
     spaces = _spaces(codes, np.random.default_rng(seed))
-    found = {form: _projection(codes, spaces[form], form) for form in FORMS}
+    found = _projections(codes, spaces)
     mean, first = codes.mean, found["raw"].components[0]
     length = float(np.linalg.norm(mean) * np.linalg.norm(first))
     cosine = abs(float(mean @ first)) / length if length > 0 else float("nan")
@@ -114,16 +120,21 @@ class _Codes:
 
     def __init__(self, sample: TokenSample) -> None:
         self.sample, self.n, self.width = sample, sample.n_tokens, sample.width
+        sparse = [part for part in sample.parts if isinstance(part, csr_array)]
+        self.is_sparse = len(sparse) == len(sample.parts)
+        self._held: csr_array | None = None
+        if sparse and self.is_sparse and sum(part.nnz for part in sparse) <= HELD_VALUES:
+            self._held = _joined(sparse)
         total, square = np.zeros(self.width), np.zeros(self.width)
-        for block in sample.blocks():
+        for block in self._blocks():
             if isinstance(block, csr_array):
-                values = block.data.astype(np.float64)
-                total += np.bincount(block.indices, values, minlength=self.width)
-                square += np.bincount(block.indices, values * values, minlength=self.width)
+                each = np.ones(block.shape[0])
+                total += block.T @ each
+                parts = (block.data * block.data, block.indices, block.indptr)
+                square += csr_array(parts, shape=block.shape).T @ each
             else:
-                dense = widened(block).astype(np.float64)
-                total += dense.sum(axis=0)
-                square += np.einsum("ij,ij->j", dense, dense)
+                total += block.sum(axis=0)
+                square += np.einsum("ij,ij->j", block, block)
         tokens = max(self.n, 1)
         self.mean = total / tokens
         variance = square / tokens - self.mean**2
@@ -134,11 +145,6 @@ class _Codes:
             "centred": float(variance[varies].sum() * self.n),
             "standardised": float(varies.sum() * self.n),
         }
-        sparse = [part for part in sample.parts if isinstance(part, csr_array)]
-        self.is_sparse = len(sparse) == len(sample.parts)
-        self._held: csr_array | None = None
-        if sparse and self.is_sparse and sum(part.nnz for part in sparse) <= HELD_VALUES:
-            self._held = csr_array(vstack(sparse, format="csr")).astype(np.float64)
 
     def _blocks(self) -> Iterator[Block]:
         # In double precision, because a mean much larger than what varies is taken off.
@@ -153,7 +159,8 @@ class _Codes:
         self, w: Float[np.ndarray, "vectors d_sae"], shift: Float[np.ndarray, "vectors"]
     ) -> Float[np.ndarray, "vectors tokens"]:
         """Return X w - shift for each vector w."""
-        return np.hstack([np.zeros((len(w), 0)), *(_times(x, w, shift) for x in self._blocks())])
+        lines = [np.zeros((len(w), 0)), *(_times(x, w, shift) for x in self._blocks())]
+        return np.concatenate(lines, axis=1)
 
     def squared(
         self, w: Float[np.ndarray, "vectors d_sae"], shift: Float[np.ndarray, "vectors"]
@@ -163,21 +170,26 @@ class _Codes:
         for block in self._blocks():
             left = _times(block, w, shift)
             total += left.sum(axis=1)
-            if isinstance(block, csr_array):
-                columns = block.T
-                for out, line in zip(product, left, strict=True):
-                    out += columns @ line
-            else:
-                product += left @ block
+            product += (block.T @ left.T).T if isinstance(block, csr_array) else left @ block
         return product, total
 
 
 def _times(x: Block, w: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    if isinstance(x, np.ndarray):
-        return w @ x.T - shift[:, None]
-    # One after the other: SciPy takes longer for all of them at once.
-    lines = [x @ line for line in w]
-    return np.stack(lines) - shift[:, None] if lines else np.zeros((0, x.shape[0]))
+    # All vectors together: the codes are then read once for all of them.
+    return ((x @ w.T).T if isinstance(x, csr_array) else w @ x.T) - shift[:, None]
+
+
+def _joined(parts: list[csr_array]) -> csr_array:
+    """Return parts below one another, in double precision and with short indices.
+
+    SciPy's own `vstack` has indices of 64 bits wherever a part has, and products take longer then.
+    """
+    starts = np.cumsum([0, *(part.nnz for part in parts)])
+    ends = [part.indptr[1:] + start for part, start in zip(parts, starts, strict=False)]
+    values = np.concatenate([part.data for part in parts], dtype=np.float64)
+    ids = np.concatenate([part.indices for part in parts], dtype=np.int32, casting="same_kind")
+    bounds = np.concatenate([[0], *ends]).astype(np.int32)
+    return csr_array((values, ids, bounds), shape=(len(bounds) - 1, parts[0].shape[1]))
 
 
 def _spaces(codes: _Codes, rng: np.random.Generator) -> dict[str, "_Space"]:
@@ -236,16 +248,15 @@ class _Space:
         if not len(product):
             return
         self._last, self._known = self._new, self._new.stop
-        basis = self._basis[: self._known]
-        along = product @ basis.T
+        along, rest = self._split(product)
         self._within[self._last, : self._known] = along
         self._within[: self._known, self._last] = along.T
         size = float(np.abs(self._within).max())
-        self._rest = self._append(self._orthogonal(product), size)
+        self._rest = self._append(rest, size)
         if not len(self.newest):
             # All that these vectors lead to is known: others find components equal to theirs.
             if np.abs(along).max() > TINY * size:
-                self._append(self._orthogonal(self._drawn()), 1.0)
+                self._append(self._split(self._drawn())[1], 1.0)
         elif look and all(self._is_found(form) for form in self._forms):
             self._new = slice(self._known, self._known)
 
@@ -253,11 +264,14 @@ class _Space:
         block = BLOCK if self._codes.is_sparse else DENSE_BLOCK
         return self._rng.standard_normal((block, self._codes.width))
 
-    def _orthogonal(self, vectors: np.ndarray) -> np.ndarray:
+    def _split(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return vectors' parts along the basis, in its terms, and what is orthogonal to it."""
         basis = self._basis[: self._known]
-        for _ in range(2):  # once leaves what rounding puts back
-            vectors = vectors - (vectors @ basis.T) @ basis
-        return vectors
+        along = vectors @ basis.T
+        rest = vectors - along @ basis
+        if (_lengths(rest) < LOST * _lengths(vectors)).any():
+            rest -= (rest @ basis.T) @ basis  # what rounding left, which is a large part by now
+        return along, rest
 
     def _append(self, vectors: np.ndarray, size: float) -> np.ndarray:
         """Add the directions of vectors orthogonal to the basis; return the vectors in their terms.
@@ -266,29 +280,36 @@ class _Space:
             vectors: The vectors.
             size: Of what they come from: a share of it too small to be more than rounding is left.
         """
-        q, r = np.linalg.qr(vectors.T)
-        new = q.T[np.abs(np.diag(r)) > TINY * size][: len(self._basis) - self._known]
+        q, r = _directions(vectors, TINY * size)
+        new = q[np.diag(r) > TINY * size][: len(self._basis) - self._known]
         self._new = slice(self._known, self._known + len(new))
         self._basis[self._new] = new
-        return np.asarray(r)
+        return r
 
     def values(self, form: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return σ² of the first three components, ‖AᵀA v - σ² v‖, and v in the basis' terms."""
+        """Return σ² of the first components, AᵀA v - σ² v in other terms, and v in the basis'."""
         within = self._within[: self._known, : self._known]
         if form == "centred":
             mean = self._basis[: self._known] @ self._codes.mean
             within = within - self._codes.n * np.outer(mean, mean)
         squares, vectors = np.linalg.eigh(within)
-        squares, vectors = squares[::-1][: COMPONENTS + 1], vectors[:, ::-1][:, : COMPONENTS + 1]
-        return squares, np.linalg.norm(self._rest @ vectors[self._last], axis=0), vectors
+        squares, vectors = squares[::-1][:NEAR], vectors[:, ::-1][:, :NEAR]
+        return squares, self._rest @ vectors[self._last], vectors
 
     def _is_found(self, form: str) -> bool:
-        squares, errors, _ = self.values(form)
+        squares, rests, _ = self.values(form)
         if len(squares) <= COMPONENTS:
             return False
-        for square, error in zip(squares[:COMPONENTS], errors, strict=False):
-            needed = EXACT if square >= APART * squares[COMPONENTS] else ROUGH
-            if error > needed * square and square > NOTHING**2 * squares[0]:
+        for i, square in enumerate(squares[:COMPONENTS]):
+            if square <= NOTHING**2 * squares[0]:
+                continue
+            if square >= APART * squares[COMPONENTS]:
+                error, needed = float(np.linalg.norm(rests[:, i])), EXACT
+            else:
+                # Of all v orthogonal to the components before, which may be right already.
+                every = np.vstack([np.diag(squares[i:] - square), rests[:, i:]])
+                error, needed = float(np.linalg.svd(every, compute_uv=False)[-1]), ROUGH
+            if error > needed * square:
                 return False
         return True
 
@@ -297,17 +318,55 @@ class _Space:
         return vectors.T @ self._basis[: self._known]
 
 
-def _projection(codes: _Codes, space: _Space, form: str) -> Projection:
-    """Return the first components found."""
+def _directions(vectors: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return orthonormal rows q and an upper r with vectors = rᵀ q; shorter ones have no direction.
+
+    By Gram and Schmidt, twice: for so few vectors that takes a third of the time of NumPy's QR.
+    """
+    q, r = np.zeros_like(vectors), np.zeros((len(vectors), len(vectors)))
+    for i, vector in enumerate(vectors):
+        for _ in range(2):
+            along = q[:i] @ vector
+            r[:i, i] += along
+            vector = vector - along @ q[:i]
+        r[i, i] = np.linalg.norm(vector)
+        if r[i, i] > least:
+            q[i] = vector / r[i, i]
+    return q, r
+
+
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+
+
+def _projections(codes: _Codes, spaces: dict[str, _Space]) -> dict[str, Projection]:
+    """Return the first components found of each form, whose scores take one pass over the codes."""
+    squares, components = {}, {}
+    for form in FORMS:
+        if codes.squares[form] > 0:
+            squares[form], _, vectors = spaces[form].values(form)
+            components[form] = spaces[form].components(vectors[:, :COMPONENTS])
+        else:
+            squares[form], components[form] = np.zeros(0), np.zeros((0, codes.width))
+    scaled = {f: v * codes.scale if f == "standardised" else v for f, v in components.items()}
+    shifts = [w @ codes.mean * (form != "raw") for form, w in scaled.items()]
+    lines = codes.times(np.vstack(list(scaled.values())), np.concatenate(shifts))
+    ends = np.cumsum([len(w) for w in scaled.values()])
+    return {
+        form: _projection(codes, form, squares[form], components[form], own)
+        for form, own in zip(FORMS, np.split(lines, ends[:-1]), strict=True)
+    }
+
+
+def _projection(
+    codes: _Codes, form: str, squares: np.ndarray, found: np.ndarray, lines: np.ndarray
+) -> Projection:
+    """Return the components found and the codes along them."""
     scores, components = np.zeros((codes.n, COMPONENTS)), np.zeros((COMPONENTS, codes.width))
     shares = [0.0] * COMPONENTS
     if codes.squares[form] <= 0:
         return Projection(scores, (0.0, 0.0), components, (True, True))
-    squares, _, vectors = space.values(form)
-    found = space.components(vectors[:, :COMPONENTS])
-    w = found * codes.scale if form == "standardised" else found
-    lines = codes.times(w, np.zeros(len(w)) if form == "raw" else w @ codes.mean)
-    lengths = np.linalg.norm(lines, axis=1)
+    lengths = _lengths(lines)
     for i in np.flatnonzero(lengths > NOTHING * lengths[0]):
         sign = 1.0 if lines[i][np.argmax(np.abs(lines[i]))] >= 0 else -1.0
         scores[:, i], components[i] = sign * lines[i], sign * found[i]

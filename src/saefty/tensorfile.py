@@ -32,6 +32,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
     "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
     "BOOL": np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items() if code != "BF16"}
@@ -164,6 +165,11 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return an array's shape without reading it."""
         return tuple(self._entries[name]["shape"])
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return where an array's bytes begin and end in the file."""
+        begin, end = self._entries[name]["data_offsets"]
+        return self._start + begin, self._start + end
 
     def array(self, name: str) -> Shaped[np.ndarray, "..."]:
         """Return an array as a view of the mapped file.

@@ -317,9 +317,10 @@ def _digit_counts(
         heads = None if first else rest >> rest.dtype.type(DIGIT)
         for prefix, table in tables.items():
             chosen = np.sort(digits if heads is None else digits[heads == prefix])
-            # Sorting is quicker than counting, which stalls where values repeat.
-            ends = np.searchsorted(chosen, np.arange(1 << DIGIT, dtype=np.uint16), side="right")
-            table += np.diff(ends, prepend=0)
+            if len(chosen):
+                # Sorting is quicker than counting, which stalls where values repeat.
+                last = np.append(np.flatnonzero(chosen[1:] != chosen[:-1]), len(chosen) - 1)
+                table[chosen[last]] += np.diff(last, prepend=-1)
     zero = int(_keys(np.zeros(1, kind))[0]) >> shift
     owner = tables.get(0 if first else zero >> DIGIT)
     if owner is not None:

@@ -33,8 +33,7 @@ def odd_features(store: FeatureStore) -> Iterator[str]:
     if n < LEAST_TOKENS:
         return
     for key, folder in store.manifest["saes"].items():
-        f_indptr = store.file(f"layer_{key}/index.safetensors").array("f_indptr")
-        fired = np.diff(np.asarray(f_indptr).astype(np.int64))
+        fired = store.firing_counts(int(key) if key.isdecimal() else key)
         l0, always = (
             float(fired.sum()) / n,
             float(np.mean(fired.astype(np.float64) >= ALWAYS_ON * n)),

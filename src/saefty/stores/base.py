@@ -7,10 +7,12 @@ readers start from it: a folder without a manifest is an unfinished store, whate
 
 The bytes of a piece depend on the plan and its index alone (no times, hosts or process numbers), so
 committing a piece twice changes nothing. Every file is verified against its checksum before the
-first value is returned, once per process and version of the file.
+first value is returned, once per process and version of the file; of a file with checksums of its
+blocks, those that are read.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 
 from saefty import fsio
 from saefty.errors import IntegrityError, SaeftyError
+from saefty.stores.blocks import BlockFile, head_facts
 from saefty.tensorfile import Bf16, TensorFile, blocks_of
 
 log = logging.getLogger(__name__)
@@ -189,6 +192,18 @@ class StoreReader:
         """
         return TensorFile(self._checked(name))
 
+    def block_file(self, name: str) -> BlockFile:
+        """Open one of the store's files to verify of it what is read, if it allows that.
+
+        Raises:
+            IntegrityError: If it is missing, not of the size that was written, or damaged where
+                all depends on it; a file without checksums of its blocks, if it is damaged at all.
+        """
+        facts = self._facts_of(name) or {}
+        head = facts.get("head")
+        path = self._checked(name) if head is None else sized_file(self.folder, name, facts)[0]
+        return BlockFile(path, head, said=f"{name} of {self.folder}", then=_repair(self.folder))
+
     def examples(self) -> list[dict[str, Any]]:
         """Return the example table: one record an example that came in, in order."""
         return fsio.read_lines(self._checked(EXAMPLES))
@@ -247,8 +262,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Return the size and checksum by which a file is known again."""
-    return {"bytes": path.stat().st_size, "xxh3_128": fsio.digest(path)}
+    """Return the size and checksum by which a file is known again, and those of its head if any."""
+    head = head_facts(path)
+    facts = {"bytes": path.stat().st_size, "xxh3_128": fsio.digest(path)}
+    return facts if head is None else {**facts, "head": head}
 
 
 def check_file(folder: Path, name: str, facts: Mapping[str, Any], *, cached: bool = True) -> Path:
@@ -263,19 +280,7 @@ def check_file(folder: Path, name: str, facts: Mapping[str, Any], *, cached: boo
     Raises:
         IntegrityError: If the file is missing or differs.
     """
-    path = fsio.safe_join(folder, name)
-    repair = f"Run saefty store repair {folder}; it makes only the damaged pieces again."
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise IntegrityError(f"{name} of {folder} is missing.", then=repair) from None
-    except OSError as error:
-        _refuse_unreadable(folder, name, error)
-    if status.st_size != facts["bytes"]:
-        raise IntegrityError(
-            f"{name} of {folder} has {status.st_size} bytes, but {facts['bytes']} were written.",
-            then=repair,
-        )
+    path, status = sized_file(folder, name, facts)
     key = (str(path), status.st_ino, status.st_mtime_ns, status.st_size)
     if not (cached and _verified.get(key) == facts["xxh3_128"]):
         try:
@@ -286,10 +291,35 @@ def check_file(folder: Path, name: str, facts: Mapping[str, Any], *, cached: boo
             raise IntegrityError(
                 f"{name} of {folder} is damaged: its checksum is {found}, but "
                 f"{facts['xxh3_128']} was written.",
-                then=repair,
+                then=_repair(folder),
             )
         _verified[key] = found
     return path
+
+
+def sized_file(folder: Path, name: str, facts: Mapping[str, Any]) -> tuple[Path, os.stat_result]:
+    """Return a file's path and status.
+
+    Raises:
+        IntegrityError: If the file is missing or of another size.
+    """
+    path = fsio.safe_join(folder, name)
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise IntegrityError(f"{name} of {folder} is missing.", then=_repair(folder)) from None
+    except OSError as error:
+        _refuse_unreadable(folder, name, error)
+    if status.st_size != facts["bytes"]:
+        raise IntegrityError(
+            f"{name} of {folder} has {status.st_size} bytes, but {facts['bytes']} were written.",
+            then=_repair(folder),
+        )
+    return path, status
+
+
+def _repair(folder: Path) -> str:
+    return f"Run saefty store repair {folder}; it makes only the damaged pieces again."
 
 
 def _refuse_unreadable(folder: Path, name: str, error: OSError) -> NoReturn:

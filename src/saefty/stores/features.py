@@ -4,7 +4,7 @@
                                       float32, magnitudes descending within a token
     layer_<i>/index.safetensors       the same by latent: `f_indptr`, `f_rows`, `f_values`,
                                       magnitudes descending within a latent; built once, read
-                                      through mmap
+                                      through mmap, verified where it is read
     rows/shard_<n>.safetensors        the token table
     examples.jsonl                    every example that came in
 
@@ -27,6 +27,7 @@ from saefty.errors import MismatchError
 from saefty.records import Site
 from saefty.stores.activations import ROW_COLUMNS, RowTable, row_files
 from saefty.stores.base import StoreReader, StoreWriter
+from saefty.stores.blocks import BlockFile
 from saefty.tensorfile import Bf16
 
 KIND = "features"
@@ -92,7 +93,7 @@ class FeatureStore(StoreReader):
         self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
         self.codes: tuple[Key, ...] = tuple(self.manifest.get("codes", self.layers))
         self._widths: dict[str, int] = self.manifest["d_sae"]
-        self._indices: dict[Key, tuple[tuple[int, ...] | None, tuple[np.ndarray, ...]]] = {}
+        self._indices: dict[Key, tuple[tuple[int, ...] | None, BlockFile]] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> "FeatureStore":
@@ -161,10 +162,14 @@ class FeatureStore(StoreReader):
         """
         if not 0 <= latent < self.d_sae(layer):
             raise ValueError(f"latent {latent} is not in 0..{self.d_sae(layer) - 1}")
-        indptr, rows, values = self._index(layer)
-        begin, end = int(indptr[latent]), int(indptr[latent + 1])
+        index = self._index(layer)
+        begin, end = map(int, index.part("f_indptr", latent, latent + 2))
         end = end if top is None else min(end, begin + top)
-        return rows[begin:end], values[begin:end]
+        return index.part("f_rows", begin, end), index.part("f_values", begin, end)
+
+    def firing_counts(self, layer: Key) -> Int[np.ndarray, "d_sae"]:
+        """Return on how many rows each latent fired."""
+        return np.diff(self._index(layer).part("f_indptr", 0, self.d_sae(layer) + 1))
 
     def pooled(self, layer: Key, how: str = "max") -> csr_array:
         """Return one row an example of the example table: its tokens' magnitudes |z| pooled.
@@ -200,19 +205,17 @@ class FeatureStore(StoreReader):
             total.data = (total.data / np.repeat(tokens, np.diff(total.indptr))).astype(np.float32)
         return total
 
-    def _index(self, layer: Key) -> tuple[np.ndarray, ...]:
-        """Return the arrays of a layer's index; they are held for as long as the file is the same.
+    def _index(self, layer: Key) -> BlockFile:
+        """Return a layer's index, which is held for as long as the file is the same.
 
-        Opening and verifying it would take many times as long as looking a latent up.
+        Opening it would take many times as long as looking a latent up.
         """
         name = f"layer_{layer}/index.safetensors"
         found = _version(self.folder / name)
-        held, arrays = self._indices.get(layer, (None, ()))
-        if held is None or held != found:
-            file = self.file(name)
-            arrays = tuple(np.asarray(file.array(n)) for n in ("f_indptr", "f_rows", "f_values"))
-            self._indices[layer] = found, arrays
-        return arrays
+        held = self._indices.get(layer)
+        if held is None or found is None or held[0] != found:
+            held = self._indices[layer] = found, self.block_file(name)
+        return held[1]
 
     def _known(self, layer: Key) -> Key:
         if layer not in self.codes:

@@ -1,5 +1,6 @@
 """Where each latent fired: the rows of a feature store turned round, in bounded memory.
 
+    blocks   [n] uint64          checksums of what follows (`stores.blocks`)
     f_indptr [d_sae + 1] int64   where each latent's entries begin
     f_rows   [nnz] int64         the rows on which it fired, strongest first
     f_values [nnz] float32       its values there
@@ -12,6 +13,7 @@ it however the process ends. The index is the same whatever the memory.
 """
 
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +24,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from saefty import fsio
+from saefty.stores.blocks import BLOCK, TABLE, blocks_in, checksums
 from saefty.tensorfile import TensorFile, reserve
 
 ENTRIES_AT_ONCE = 1 << 21
@@ -54,6 +57,8 @@ def build_index(folder: Path, layer: int | str, n_shards: int, d_sae: int) -> st
         "f_rows": (np.int64, (nnz,)),
         "f_values": (np.float32, (nnz,)),
     }
+    n_blocks = blocks_in(sum(math.prod(n) * np.dtype(kind).itemsize for kind, n in arrays.values()))
+    arrays[TABLE] = np.uint64, (n_blocks,)
     counts, done = np.zeros(d_sae, np.int64), 0
 
     def counted() -> Iterator[np.ndarray]:
@@ -65,7 +70,8 @@ def build_index(folder: Path, layer: int | str, n_shards: int, d_sae: int) -> st
         fsio.staged(folder / name) as temporary,
         tempfile.TemporaryFile(dir=temporary.parent, buffering=0) as buckets,
     ):
-        places = reserve(temporary, arrays, {"kind": "index", "layer": layer})
+        header = {"kind": "index", "layer": layer, "block": BLOCK}
+        places = reserve(temporary, arrays, header)
         # Not through a memory map: there a full disk would be a signal, not an error.
         with open(temporary, "r+b", buffering=0) as file:
             free = VALUE_BITS + max(d_sae - 1, 0).bit_length()
@@ -74,6 +80,8 @@ def build_index(folder: Path, layer: int | str, n_shards: int, d_sae: int) -> st
                 _write(file, places["f_values"] + 4 * done, entries["value"])
                 done += len(entries)
             _write(file, places["f_indptr"], np.concatenate([[0], np.cumsum(counts)]))
+            # The first of the widest arrays by its name, so nothing but the header is before it.
+            _write(file, places[TABLE], checksums(temporary, places[TABLE] + 8 * n_blocks))
     return name
 
 
