@@ -9,7 +9,10 @@ from saefty import matmul
 from saefty.kernels import split
 from saefty.kernels.split import SplitProducts, multiply
 
-SHAPES = [(64, 64, 64), (100, 300, 129), (33, 31, 17), (1, 512, 515), (700, 1100, 60), (40, 5, 300)]
+SHAPES = [
+    (64, 64, 64), (100, 300, 129), (33, 31, 17), (1, 512, 515), (700, 1100, 60), (40, 5, 300),
+    (2100, 600, 530), (300, 530, 75),
+]  # fmt: skip
 LAYOUTS = ["by row", "by column"]
 
 tiles = pytest.mark.skipif(not split.ready(), reason="this processor has no tile registers")

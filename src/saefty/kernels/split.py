@@ -182,4 +182,5 @@ def _plain(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None) -> boo
 
 
 def _largest(x: Tensor) -> float:
-    return float(torch.stack(x.aminmax()).abs().max())
+    # Of what lies in columns, torch would make a copy that lies in rows.
+    return float(torch.stack((x if x.is_contiguous() else x.T).aminmax()).abs().max())

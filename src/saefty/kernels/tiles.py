@@ -21,7 +21,7 @@ from saefty.kernels.screened import SUMMING, VANISHING
 SIDE = 32
 """Widths and numbers of latents are multiples of it, or tiles are not used."""
 
-CANDIDATES, LEAST_CANDIDATES = 4, 128
+CANDIDATES, LEAST_CANDIDATES = 4, 256
 """Times k: with more candidates a row, and more than that many, it is done in float32 at once."""
 
 

@@ -40,7 +40,7 @@ DENSE_UP_TO = 4
 SPARSE_UP_TO = 0.08
 """The largest share of entries above their floors for which sparse sums are faster (measured)."""
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 """Rows multiplied densely at once."""
 
 
