@@ -14,7 +14,7 @@ import torch
 
 import training_worker as worker
 
-EVERY = 10
+EVERY = 5
 
 
 def learn(library: str, pool: str, target: float, limit: float, sizes: list[int]) -> dict:

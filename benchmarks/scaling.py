@@ -4,8 +4,9 @@ Usage: python benchmarks/scaling.py [--write] [--tiny]
 
 Three curves of TopK SAEs on 512 wide rows (k = 32, batches of 2,048): the time of a step against
 the number of latents; the rows that each of several SAEs learns from in a second when they share
-one pass over a store in float16, and what reading that store takes of it; and the peak memory of a
-process that trains on ever more rows. `--write` also draws docs/pictures/scaling.png.
+one pass over a store in float16, and how long they wait for its rows, read ahead or not by turns;
+and the peak memory of a process that trains on ever more rows. `--write` also draws
+docs/pictures/scaling.png.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -39,12 +41,12 @@ from saefty.training_data import Cursor, stream
 from saefty.training_settings import OptimizerSection, TrainSection
 
 PICTURE = page.PAGE.parent / "pictures" / "scaling.png"
-D_IN, K, BATCH, STEPS = 512, 32, 2048, 8
+D_IN, K, BATCH, STEPS, TURNS = 512, 32, 2048, 8, 4
 WIDTHS = (4096, 8192, 16384, 32768, 65536)
 SAES, SHARED = (1, 2, 4, 8), 8192
 ROWS, FIT, FIT_STEPS = (20_000, 60_000, 180_000), 4096, 12
-TINY = {"D_IN": 16, "K": 4, "BATCH": 64, "STEPS": 2, "WIDTHS": (128, 256), "SAES": (1, 2),
-        "SHARED": 128, "ROWS": (300, 600), "FIT": 128, "FIT_STEPS": 2}  # fmt: skip
+TINY = {"D_IN": 16, "K": 4, "BATCH": 64, "STEPS": 2, "TURNS": 2, "WIDTHS": (128, 256),
+        "SAES": (1, 2), "SHARED": 128, "ROWS": (300, 600), "FIT": 128, "FIT_STEPS": 2}  # fmt: skip
 COLUMNS = {
     "what": "what grows",
     "size": "to",
@@ -98,27 +100,46 @@ def step_times() -> list[float]:
     return medians
 
 
-def shared_rates(store: ActivationStore) -> tuple[list[float], list[float]]:
-    """Return, for each number of SAEs, the rows all of them learn a second, and reading's share."""
-    keep, rates, shares = np.ones(store.n_rows, bool), [], []
+def shared_rates(store: ActivationStore) -> tuple[list[float], dict[bool, list[str]]]:
+    """Return, for each number of SAEs, the rows all of them learn a second, and what waiting takes.
+
+    The rows are those of a pass that reads ahead; waiting is of both ways, which take turns.
+    """
+    keep, rates = np.ones(store.n_rows, bool), []
+    told: dict[bool, list[str]] = {True: [], False: []}
     for n in SAES:
-        batches = stream(store, 0, BATCH, 0, keep, Cursor())
-        first = next(batches)[1]
+        with closing(stream(store, 0, BATCH, 0, keep, Cursor())) as batches:
+            first = next(batches)[1]
         trainees = [make_trainee(SHARED, first, K // (1 + i % 2)) for i in range(n)]
-        reading, learning = [], []
-        for step in range(STEPS + 2):
+        times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        for turn in range(TURNS + 1):
+            for ahead, found in times.items():
+                found += turn_of(store, keep, trainees, turn, ahead)
+        for ahead, found in times.items():
+            waited, whole = (statistics.median(part[STEPS:]) for part in zip(*found, strict=True))
+            told[ahead].append(f"{waited / whole:.1%}")
+            print(n, "ahead" if ahead else "after", f"{whole * 1e3:.1f} ms", told[ahead][-1])
+            if ahead:
+                rates.append(n * BATCH / whole)
+    return rates, told
+
+
+def turn_of(
+    store: ActivationStore, keep: np.ndarray, trainees: list[Trainee], turn: int, ahead: bool
+) -> list[tuple[float, float]]:
+    """Take some steps; return for each how long it waited for its batch, and took in all, in s."""
+    times = []
+    start = Cursor(0, turn * (STEPS + 1))
+    with closing(stream(store, 0, BATCH, 0, keep, start, ahead=ahead)) as batches:
+        next(batches)
+        for step in range(STEPS):
             began = time.perf_counter()
             x = next(batches)[1]
             read = time.perf_counter()
             for trainee in trainees:
-                trainee.step(x, step)
-            reading.append(read - began)
-            learning.append(time.perf_counter() - read)
-        read, learnt = statistics.median(reading[2:]), statistics.median(learning[2:])
-        rates.append(n * BATCH / (read + learnt))
-        shares.append(read / (read + learnt))
-        print(n, round(rates[-1]), f"{shares[-1]:.1%}", flush=True)
-    return rates, shares
+                trainee.step(x, turn * STEPS + step)
+            times.append((read - began, time.perf_counter() - began))
+    return times
 
 
 def peak_of(folder: Path) -> float:
@@ -182,7 +203,7 @@ def main() -> None:
     widths = step_times()
     with tempfile.TemporaryDirectory() as folder:
         stores = [make_store(Path(folder) / f"{n}", n) for n in ROWS]
-        rates, shares = shared_rates(stores[-1])
+        rates, waited = shared_rates(stores[-1])
         peaks = [peak_of(store.folder) for store in stores]
     curves = (
         ("saefty: latents", WIDTHS, widths, "{:,.0f} ms a step"),
@@ -201,8 +222,9 @@ def main() -> None:
     ]
     print(page.table(COLUMNS, rows), flush=True)
     if given.write:
-        told = ", ".join(f"{share:.1%}" for share in shares)
-        note = f" Reading the store took {told} of a pass with {', '.join(map(str, SAES))} SAEs."
+        ahead, after = (", ".join(waited[way]) for way in (True, False))
+        note = f" Waiting for rows took {ahead} of a pass with {', '.join(map(str, SAES))} SAEs; "
+        note += f"where they are not read ahead, {after}."
         note += "\n\n![A step's time, rows learnt a second, peak memory](pictures/scaling.png)"
         page.put("scaling", "python benchmarks/scaling.py --write", COLUMNS, rows, note)
         draw(widths, rates, peaks)

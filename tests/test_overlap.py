@@ -1,4 +1,4 @@
-"""One task's second step beside the next one's first: order, errors, and what is waited for."""
+"""Work beside other work in a thread: order, errors, and what is waited for."""
 
 import random
 import signal
@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 import pytest
 
 from saefty.errors import DiskError
-from saefty.overlap import TwoSteps, overlapped
+from saefty.overlap import TwoSteps, overlapped, read_ahead
 
 
 class Quiet:
@@ -153,3 +153,71 @@ def test_a_failure_of_the_thread_is_told_rather_than_what_came_after_it():
     with pytest.raises(DiskError, match="no room for 0") as error:
         list(do(work, [0, 1]))
     assert isinstance(error.value.__context__, KeyboardInterrupt)
+
+
+def test_items_read_ahead_come_in_their_order_each_drawn_while_the_last_is_in_use():
+    drawn, threads = [], set()
+
+    def items():
+        for i in range(5):
+            threads.add(threading.current_thread())
+            drawn.append(i)
+            yield i
+
+    reached = []
+    for i in read_ahead(items()):
+        while len(drawn) < min(i + 2, 5):  # would last for ever, if the next waited for this one
+            time.sleep(0.001)
+        time.sleep(0.02)
+        reached.append(i)
+        assert len(drawn) <= i + 2
+    assert reached == drawn == list(range(5))
+    assert threading.main_thread() not in threads
+    assert list(read_ahead(iter([]))) == []
+
+
+def test_what_fails_in_drawing_an_item_is_raised_in_its_place_and_only_there():
+    def items():
+        yield 1
+        yield 2
+        raise DiskError("no third")
+
+    taken = []
+    with pytest.raises(DiskError, match="no third"):
+        for i in read_ahead(items()):
+            time.sleep(0.02)  # by now the next is drawn, or has failed
+            taken.append(i)
+    assert taken == [1, 2]
+    with closing(read_ahead(items())) as few:
+        assert [next(few), next(few)] == [1, 2]
+        time.sleep(0.02)
+
+
+def test_an_interruption_at_any_moment_leaves_no_item_being_drawn():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    entered, left = [], []
+
+    def items():
+        for i in range(10**6):
+            entered.append(i)
+            time.sleep(0.001)
+            left.append(i)
+            yield i
+
+    draw, hits = random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(100):
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.01))
+            with suppress(KeyboardInterrupt), closing(read_ahead(items())) as few:
+                hits += 1
+                for _ in few:
+                    pass
+            assert entered == left
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 60
+    assert len(left) > hits

@@ -1,15 +1,17 @@
-"""Work in two steps, so that a task is rounded off in a thread while the next one is begun.
+"""Work beside other work: what was done is written, or what comes next is read, in a thread.
 
-The second step is what leaves the processor free: checksums, writing, waiting for the disk. It must
-not compute with torch, whose threads would take the processor from those of the first step. One
-task is rounded off at a time, and the next waits for it: two at most are held in memory.
+What goes into the thread is what leaves the processor free: checksums, copying, waiting for the
+disk. It must not compute with torch, whose threads would take the processor from those of the work
+beside it. One thing is done aside at a time, and the next waits for it: two at most are in memory.
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+Item = TypeVar("Item")
 
 
 @runtime_checkable
@@ -60,6 +62,27 @@ def overlapped(
         aside.end()
 
 
+def read_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """Draw items in a thread, each while the one before it is in use.
+
+    What fails in drawing an item is raised in its place, in this thread; what fails in drawing one
+    that nobody asks for is not raised. Who stops early closes this generator, which waits for a
+    drawing under way; only if that is interrupted as well is it left to itself.
+
+    Args:
+        items: What is to be drawn; None ends it.
+    """
+    aside = _Aside(lambda _: next(items, None))
+    try:
+        aside.start()
+        aside.give(None)
+        while (drawn := [aside.result()])[0] is not None:
+            aside.give(None)
+            yield drawn.pop()  # held by its user alone
+    finally:
+        aside.wait()
+
+
 class _Aside:
     """A thread that does one call after another. It does not keep the process alive.
 
@@ -95,10 +118,14 @@ class _Aside:
 
     def end(self) -> None:
         """Wait until all that was given is done; raise what failed, which failed first."""
+        self.wait()
+        self.check()
+
+    def wait(self) -> None:
+        """Wait until all that was given is done, or has failed."""
         self._given.put(None)
         with suppress(RuntimeError):  # interrupted before it was started
             self._thread.join()
-        self.check()
 
     def _run(self) -> None:
         while box := self._given.get():

@@ -48,6 +48,7 @@ def train_saes(
     *,
     metadata: Mapping[str, Any] | None = None,
     threads: int | None = None,
+    overlap: bool = True,
 ) -> list[TrainedSae]:
     """Train the SAEs asked for on every layer asked for, and save each in a folder of its own.
 
@@ -64,6 +65,7 @@ def train_saes(
         metadata: What cfg.json should say about the model, such as `model_name`.
         threads: How many threads torch may use; None takes what an interrupted training was begun
             with, else torch's own number. It is restored afterwards.
+        overlap: Read the next batch in a thread while the present one is learnt from.
 
     Returns:
         The SAEs, layer by layer, in the order of the configuration.
@@ -94,7 +96,7 @@ def train_saes(
             with backend.in_use():
                 Pass(
                     source, layer, sae, train, optimizer, split, folders, state, backend,
-                    metadata or {},
+                    metadata or {}, overlap=overlap,
                 ).run()  # fmt: skip
         remove_checkpoints(state)
         trained += [

@@ -5,9 +5,11 @@ text was trained on. The stream is a function of (seed, epoch, batch) alone, whi
 interrupted training has to remember of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
+from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saefty.errors import InputError, NumericError
+from saefty.overlap import read_ahead
 from saefty.records import Site
 
 SEEDS_PER_RUN = 1_000_003
@@ -74,6 +77,23 @@ class ActivationSource(Protocol):
         start: int = 0,
     ) -> Iterator[Int[np.ndarray, "rows"]]:
         """Yield the row numbers of those batches."""
+        ...
+
+
+@runtime_checkable
+class StoredSource(ActivationSource, Protocol):
+    """A source whose rows need not be computed with to be read, as those of a store."""
+
+    def stored_batches(
+        self,
+        layer: int,
+        size: int,
+        seed: int | None = None,
+        *,
+        keep: Bool[np.ndarray, "n_rows"] | None = None,
+        start: int = 0,
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Yield the same batches as `batches`, in the dtype in which they are stored."""
         ...
 
 
@@ -149,33 +169,86 @@ def stream(
     seed: int,
     keep: Bool[np.ndarray, "n_rows"],
     cursor: Cursor,
-) -> Iterator[tuple[Cursor, Float[Tensor, "rows d_in"]]]:
-    """Yield (place, batch) for ever, epoch after epoch, from a place on.
+    *,
+    device: torch.device | str = "cpu",
+    ahead: bool = False,
+) -> Generator[tuple[Cursor, Float[Tensor, "rows d_in"]], None, None]:
+    """Yield (place, batch) for ever, epoch after epoch, from a place on, as float32.
 
     The rest of an epoch that would make less than half a batch is left out, unless it is all there
     is: a step on a handful of rows is as large as one on a full batch, and much noisier.
 
+    Args:
+        source: The rows.
+        layer: Of which layer.
+        size: Rows in a batch.
+        seed: Order of the rows, with the number of the epoch.
+        keep: Which rows to use.
+        cursor: The place to begin at.
+        device: Where batches are wanted.
+        ahead: Read the next batch in a thread while one is in use. The thread ends when the
+            generator is closed.
+
     Raises:
         NumericError: If a row holds NaN or infinity; the message names it.
     """
-    n_rows = int(keep.sum())
-    for epoch in count(cursor.epoch):
-        first = cursor.batch if epoch == cursor.epoch else 0
-        order = epoch_seed(seed, epoch)
-        batches = source.batches(layer, size, order, keep=keep, start=first)
-        for index, x in enumerate(batches, first):
-            bad = (~torch.isfinite(x).all(dim=1)).nonzero().squeeze(1).tolist()
+    enough = min(size, int(keep.sum()))
+    batches = _read(source, layer, size, seed, keep, cursor)
+    if ahead and torch.device(device).type == "cuda":
+        batches = _copied(batches, torch.device(device))
+    with closing(read_ahead(batches) if ahead else batches) as batches:
+        for place, x in batches:
+            if x.is_cuda:  # its memory belongs to the stream that copied it
+                x.record_stream(torch.cuda.current_stream(x.device))
+            x = x.to(device).float()
+            # NaN and infinity survive a sum, which takes a tenth of the time.
+            bad = [] if isfinite(float(x.sum())) else _not_finite(x)
             if bad:
-                numbers = _batch_rows(source, size, seed, keep, Cursor(epoch, index))
+                numbers = _batch_rows(source, size, seed, keep, place)
                 named = ", ".join(str(int(numbers[i])) for i in bad[:NAMED_ROWS])
                 raise NumericError(
-                    f"{len(bad)} of the {len(x)} rows of batch {index} of epoch {epoch} of layer "
-                    f"{layer} hold NaN or infinity: rows {named} of the store.",
+                    f"{len(bad)} of the {len(x)} rows of batch {place.batch} of epoch "
+                    f"{place.epoch} of layer {layer} hold NaN or infinity: rows {named} of the "
+                    "store.",
                     safe="Checkpoints that were written before it are kept.",
                     then="Set extract.nonfinite=mask and extract again, to leave such rows out.",
                 )
-            if 2 * len(x) >= min(size, n_rows):
-                yield Cursor(epoch, index), x
+            if 2 * len(x) >= enough:
+                yield place, x
+
+
+def _read(
+    source: ActivationSource,
+    layer: int,
+    size: int,
+    seed: int,
+    keep: Bool[np.ndarray, "n_rows"],
+    cursor: Cursor,
+) -> Generator[tuple[Cursor, Float[Tensor, "rows d_in"]], None, None]:
+    """Yield (place, batch) for ever, as the rows are stored."""
+    read = source.stored_batches if isinstance(source, StoredSource) else source.batches
+    for epoch in count(cursor.epoch):
+        first = cursor.batch if epoch == cursor.epoch else 0
+        batches = read(layer, size, epoch_seed(seed, epoch), keep=keep, start=first)
+        for index, x in enumerate(batches, first):
+            yield Cursor(epoch, index), x
+
+
+def _copied(
+    batches: Iterable[tuple[Cursor, Float[Tensor, "rows d_in"]]], device: torch.device
+) -> Generator[tuple[Cursor, Float[Tensor, "rows d_in"]], None, None]:
+    """Copy batches to a GPU beside what it computes; each has arrived when it is yielded."""
+    copying = torch.cuda.Stream(device)
+    for place, x in batches:
+        with torch.cuda.stream(copying):
+            there = x.pin_memory().to(device, non_blocking=True)
+        copying.synchronize()
+        yield place, there
+
+
+def _not_finite(x: Float[Tensor, "rows d_in"]) -> list[int]:
+    """Return which rows hold NaN or infinity: none, if only their sum is too large."""
+    return (~torch.isfinite(x).all(dim=1)).nonzero().squeeze(1).tolist()
 
 
 def describe_batch(

@@ -8,7 +8,8 @@ end; a checkpoint is saved before the training stops.
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -84,8 +85,11 @@ class Pass:
         state: Path,
         backend: Backend,
         metadata: Mapping[str, Any],
+        *,
+        overlap: bool,
     ) -> None:
         self.source, self.layer, self.train, self.split = source, layer, train, split
+        self.overlap = overlap
         self.state, self.backend, self.metadata = state, backend, metadata
         self.normalize = sae.normalize
         self.device = backend.device
@@ -139,16 +143,28 @@ class Pass:
 
     def _steps(self, done: int, place: Cursor, measured: bool) -> int:
         """Take the steps that are left; return how many were taken in all."""
-        batches = stream(
-            self.source, self.layer, self.size, self.train.seed, self.split.train, place
-        )
-        began = time.monotonic()
         if not measured:
             self._evaluate(done, place)
-        step = done
+        with closing(self._stream(place)) as batches:
+            step, place = self._learn_from(batches, done, place)
+        self._save(step, place)  # what follows may be interrupted too
+        return step
+
+    def _stream(self, place: Cursor) -> Generator[tuple[Cursor, Tensor], None, None]:
+        return stream(
+            self.source, self.layer, self.size, self.train.seed, self.split.train, place,
+            device=self.device, ahead=self.overlap,
+        )  # fmt: skip
+
+    def _learn_from(
+        self, batches: Iterator[tuple[Cursor, Tensor]], done: int, place: Cursor
+    ) -> tuple[int, Cursor]:
+        """Take steps to the end; return how many were taken in all, and the batch after them."""
+        step, began = done, time.monotonic()
         while step < self.n_steps and self._open():
-            place, raw = next(batches)
-            self._learn(self.scaler.apply(raw.to(self.device)), step, place)
+            place, x = next(batches)
+            x = self.scaler.apply(x)  # the batch as it was read is not held meanwhile
+            self._learn(x, step, place)
             step, place = step + 1, place.next
             self.bar.advance()
             due = step % self.train.eval_every == 0 or step == self.n_steps
@@ -162,8 +178,7 @@ class Pass:
                 )  # fmt: skip
             if step % self.train.checkpoint_every == 0 and step < self.n_steps:
                 self._save(step, place)
-        self._save(step, place)  # what follows may be interrupted too
-        return step
+        return step, place
 
     def _stop_if_asked(self, step: int, place: Cursor, *, measured: bool) -> None:
         if self.interruption.came:
@@ -172,15 +187,15 @@ class Pass:
             self.interruption.check()
 
     def _begin(self) -> Cursor:
-        keep, seed = self.split.train, self.train.seed
         last = Cursor(0, max(1, SCALER_ROWS // self.size))
-        rows = stream(self.source, self.layer, self.size, seed, keep, Cursor())
-        first_epoch = takewhile(lambda item: item[0] < last, rows)
-        self.scaler = fit_scaler((x for _, x in first_epoch), self.normalize)
-        _, first = next(stream(self.source, self.layer, self.size, seed, keep, Cursor()))
-        x = self.scaler.apply(first.to(self.device))
+        with closing(self._stream(Cursor())) as rows:
+            first_epoch = takewhile(lambda item: item[0] < last, rows)
+            self.scaler = fit_scaler((x for _, x in first_epoch), self.normalize)
+        with closing(self._stream(Cursor())) as rows:
+            _, x = next(rows)
+        x = self.scaler.apply(x)
         for pupil in self.pupils:
-            pupil.trainee.start(x, epoch_seed(seed, self.layer))
+            pupil.trainee.start(x, epoch_seed(self.train.seed, self.layer))
         return Cursor()
 
     def _learn(self, x: Float[Tensor, "rows d_in"], step: int, place: Cursor) -> None:

@@ -42,6 +42,14 @@ class TrainStageSection(TrainSection):
     """Held-out examples on which the SAE is spliced into the model; 0 leaves that out."""
 
 
+class TrainEngineSection(ThreadsSection):
+    """How the process uses this machine."""
+
+    overlap: bool = True
+    """Read the next batch while the present one is learnt from. Off, memory holds one batch
+    less, and nothing that the thread keeps for itself. Results do not depend on it."""
+
+
 class TrainConfig(Config):
     """Configuration of `saefty train`."""
 
@@ -56,7 +64,7 @@ class TrainConfig(Config):
     optimizer: OptimizerSection = OptimizerSection()
     """How weights move."""
 
-    engine: ThreadsSection = ThreadsSection()
+    engine: TrainEngineSection = TrainEngineSection()
     """How the process uses this machine."""
 
     run: RunSection = RunSection()
@@ -93,6 +101,7 @@ def run(
             folder,
             metadata=_facts_of(store),
             threads=cfg.engine.threads,
+            overlap=cfg.engine.overlap,
         )
         _add_loss_recovered(cfg, store, trained, model)
         current.ledger.ok = store.n_rows

@@ -79,7 +79,12 @@ def commit_activations(
 def to_disk(x: Float[Tensor, "..."]) -> np.ndarray | Bf16:
     """Return a tensor's values as NumPy can write them, bit for bit."""
     x = x.detach().cpu().contiguous()
-    return Bf16(x.view(torch.uint16).numpy()) if x.dtype == torch.bfloat16 else x.numpy()
+    return Bf16(_bits(x)) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _bits(x: Float[Tensor, "..."]) -> np.ndarray:
+    """Return a tensor's memory as NumPy sees it, which knows bfloat16 by its bits alone."""
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 class ActivationStore(StoreReader):
@@ -157,8 +162,21 @@ class ActivationStore(StoreReader):
             keep: Which rows to use; None uses all.
             start: Batches to skip, as if they had been yielded before.
         """
+        for x in self.stored_batches(layer, size, seed, keep=keep, start=start):
+            yield x.float()
+
+    def stored_batches(
+        self,
+        layer: int,
+        size: int,
+        seed: int | None = None,
+        *,
+        keep: Bool[np.ndarray, "n_rows"] | None = None,
+        start: int = 0,
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Yield the same batches as `batches` in the dtype on disk, without computing by torch."""
         for indices in self.batch_rows(size, seed, keep=keep, start=start):
-            yield self.take(layer, indices)
+            yield self._fetch(layer, indices)
 
     def batch_rows(
         self,
@@ -192,16 +210,29 @@ class ActivationStore(StoreReader):
 
     def take(self, layer: int, indices: Int[np.ndarray, "rows"]) -> Float[Tensor, "rows d_in"]:
         """Return chosen rows of a layer as float32, in the order asked for."""
-        out = torch.empty(len(indices), self.d_in)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            # Rows are fetched in the order in which they lie, then put where they belong.
-            places = np.flatnonzero(shards == shard)
-            local = indices[places] - self._starts[shard]
-            order = np.argsort(local, kind="stable")
+        return self._fetch(layer, indices).float()
+
+    def _fetch(self, layer: int, indices: Int[np.ndarray, "rows"]) -> Float[Tensor, "rows d_in"]:
+        """Return chosen rows in the dtype on disk.
+
+        They are fetched in the order in which they lie, then put where they belong, by NumPy: half
+        the bytes of float32, and no thread but the one that calls.
+        """
+        out = None
+        order = np.argsort(indices, kind="stable")
+        rows = indices[order]
+        ends = np.searchsorted(rows, self._starts[1:])
+        for shard in np.unique(np.searchsorted(self._starts, rows, side="right") - 1):
+            these = slice(ends[shard - 1] if shard else 0, ends[shard])
             data = self.shard(layer, int(shard))
-            out[torch.from_numpy(places[order])] = data[torch.from_numpy(local[order])].float()
-        return out
+            fetched = np.take(_bits(data), rows[these] - self._starts[shard], axis=0)
+            part = torch.from_numpy(fetched).view(data.dtype)
+            if out is None:
+                out = torch.empty(len(rows), self.d_in, dtype=data.dtype)
+            elif out.dtype != data.dtype:  # files that were imported may differ
+                out, part = out.float(), part.float()
+            _bits(out)[order[these]] = _bits(part)
+        return torch.empty(0, self.d_in) if out is None else out
 
     def _groups(
         self, seed: int | None, keep: Bool[np.ndarray, "n_rows"] | None
