@@ -30,6 +30,8 @@ CASES = (
     "matryoshka",
     "jumprelu, sparse",
     "gated, sparse",
+    "jumprelu, 5 %",
+    "gated, 5 %",
     "jumprelu, dense",
     "gated, dense",
 )

@@ -4,9 +4,9 @@ Usage: python benchmarks/families_worker.py LIBRARY POOL D_SAE K BATCH STEPS CAS
 
 All start from the same weights: decoder rows of norm 1, the encoder their transpose times the one
 factor that fits the first batch best. Where a case is *sparse*, thresholds (JumpReLU) or the bias
-of the gates are set so that 3 k latents a row are active; where it is *dense*, about half of them
-are. What follows is a step as each library's trainer takes it: float32, Adam at 1e-3. It prints one
-line of JSON.
+of the gates are set so that 3 k latents a row are active; at *5 %* that many of all latents, and
+where it is *dense* about half of them. What follows is a step as each library's trainer takes it:
+float32, Adam at 1e-3. It prints one line of JSON.
 """
 
 import importlib
@@ -38,7 +38,7 @@ class Start:
         pre = x @ self.W_dec.T
         share = k / d_sae
         if self.arch in {"jumprelu", "gated"}:
-            share = SPARSE * k / d_sae if case.endswith("sparse") else 0.5
+            share = {"sparse": SPARSE * k / d_sae, "5 %": 0.05, "dense": 0.5}[case.split(", ")[1]]
         part = pre[:256].flatten()
         self.threshold = float(part.kthvalue(int((1 - share) * len(part))).values)
         z = pre * (pre > self.threshold)
