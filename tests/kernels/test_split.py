@@ -88,7 +88,7 @@ def test_accuracy_does_not_depend_on_the_scale_of_numbers(scale):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38, -1e38, 1e-31])
 @pytest.mark.parametrize("where", ["left", "right"])
 def test_numbers_that_do_not_fit_are_left_to_torch(bad, where):
-    x, w = draw(64, 512), draw(512, 600, seed=1)
+    x, w = draw(128, 512), draw(512, 600, seed=1)
     (x if where == "left" else w.T)[5] = bad
     assert multiply(x, w) is None
     with SplitProducts(), torch.no_grad():
@@ -131,17 +131,17 @@ def test_torchs_own_tiles_work_before_and_behind_it():
 
 
 LAYER = torch.nn.Linear(512, 600)
-X, W, B = draw(2, 64, 512), draw(512, 600, seed=1), draw(600, seed=2)
+X, W, B = draw(2, 128, 512), draw(512, 600, seed=1), draw(600, seed=2)
 CALLS = {
     "linear": lambda: torch.nn.functional.linear(X, W.T.contiguous(), B),
     "linear without a bias": lambda: torch.nn.functional.linear(X, W.T),
     "a layer": lambda: LAYER(X),
     "addmm": lambda: torch.addmm(B, X[0], W),
-    "addmm into memory": lambda: torch.addmm(B, X[0], W, out=torch.empty(64, 600)),
-    "a tensor's addmm_": lambda: torch.ones(64, 600).addmm_(X[0], W),
+    "addmm into memory": lambda: torch.addmm(B, X[0], W, out=torch.empty(128, 600)),
+    "a tensor's addmm_": lambda: torch.ones(128, 600).addmm_(X[0], W),
     "mm": lambda: torch.mm(X[0], W),
     "a tensor's mm": lambda: X[0].mm(W),
-    "mm into memory": lambda: torch.mm(X[0], W, out=torch.empty(64, 600)),
+    "mm into memory": lambda: torch.mm(X[0], W, out=torch.empty(128, 600)),
     "matmul": lambda: torch.matmul(X, W),
     "a tensor's matmul": lambda: X.matmul(W),
     "the operator": lambda: X @ W,
@@ -152,9 +152,10 @@ LEFT = {
     "float64": lambda: X.double() @ W.double(),
     "batches on both sides": lambda: X @ W[:, :64].expand(2, 512, 64),
     "a vector": lambda: X @ W[:, 0],
-    "a bias for each entry": lambda: torch.addmm(torch.ones(64, 600), X[0], W),
+    "a bias for each entry": lambda: torch.addmm(torch.ones(128, 600), X[0], W),
     "another factor": lambda: torch.addmm(B, X[0], W, alpha=2.0),
     "rows apart": lambda: X[0] @ W.repeat_interleave(2, 1)[:, ::2],
+    "a sparse matrix": lambda: X[0].to_sparse_csr() @ W,
     "a gradient": lambda: X @ W.clone().requires_grad_(),
 }
 
@@ -185,6 +186,7 @@ def test_torchs_large_products_go_this_way_with_the_same_result(name, taken):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("name", LEFT)
 def test_other_products_are_torchs_to_the_bit(name, taken):
     wanted = LEFT[name]()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from saefty.kernels.compiled import call, library
 
-LEAST_ROWS, LEAST_WORK = 48, 2**23
+LEAST_ROWS, LEAST_WORK = 48, 2**25
 """From how many rows, and from how many products of two numbers, on this is faster (measured)."""
 
 LARGEST = 2.0**126
@@ -96,10 +96,9 @@ class SplitProducts(TorchFunctionMode):
 
     def _takes(self, asked: "_Asked") -> bool:
         parts = [t for t in (asked.x, asked.w, asked.bias, asked.out) if t is not None]
-        if (
-            not all(type(t) in (Tensor, Parameter) and t.is_cpu for t in parts)
-            or asked.w.dim() != 2
-        ):
+        if not all(type(t) in (Tensor, Parameter) and t.is_cpu for t in parts):
+            return False
+        if any(t.layout != torch.strided for t in parts) or asked.w.dim() != 2:
             return False
         inner, columns = asked.w.shape
         if asked.x.dim() < 1 or asked.x.shape[-1] != inner or not inner:
