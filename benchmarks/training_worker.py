@@ -26,6 +26,7 @@ class Saefty:
     kernels: str | None = None
 
     def __init__(self, x: Tensor, d_sae: int, k: int) -> None:
+        from saefty import matmul
         from saefty.kernels.base import KERNELS
         from saefty.optimisation import Trainee
         from saefty.saes.base import SaeConfig
@@ -35,6 +36,7 @@ class Saefty:
         config = SaeConfig("topk", x.shape[1], d_sae, k)
         self.trainee = Trainee(config, optimizer, grad_clip=1.0, n_steps=10**9, dead_after=10**7)
         if self.kernels:
+            matmul.settle(matmul.DEFAULT)  # products in parts need a compiler
             self.trainee.kernels = KERNELS[self.kernels]()
         self.trainee.start(x, seed=0)
         self.done = 0
@@ -49,12 +51,14 @@ class Saefty:
 
 
 class SaeftyFloat32(Saefty):
-    """The kernels in C++ with the encoder's whole product in float32."""
+    """The kernels in C++ with the encoder's whole product in float32, as without bfloat16 units."""
 
     def __init__(self, x: Tensor, d_sae: int, k: int) -> None:
+        from saefty import matmul
         from saefty.kernels.base import KERNELS
 
         super().__init__(x, d_sae, k)
+        matmul.settle(matmul.DEFAULT)
         kernels = self.trainee.kernels
         kernels.topk = partial(KERNELS["torch_sparse"].topk, kernels)
 

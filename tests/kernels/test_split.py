@@ -154,6 +154,7 @@ LEFT = {
     "a vector": lambda: X @ W[:, 0],
     "a bias for each entry": lambda: torch.addmm(torch.ones(128, 600), X[0], W),
     "another factor": lambda: torch.addmm(B, X[0], W, alpha=2.0),
+    "arguments by name": lambda: torch.mm(input=X[0], mat2=W),
     "rows apart": lambda: X[0] @ W.repeat_interleave(2, 1)[:, ::2],
     "a sparse matrix": lambda: X[0].to_sparse_csr() @ W,
     "a gradient": lambda: X @ W.clone().requires_grad_(),

@@ -87,7 +87,7 @@ class SplitProducts(TorchFunctionMode):
     ) -> Any:
         """Multiply what a call of torch would, or let torch do it."""
         options = kwargs or {}
-        asked = _HANDLERS[func](*args, **options) if func in _HANDLERS else None
+        asked = _asked(func, args, options)
         if asked is not None and self._takes(asked):
             found = asked.result()
             if found is not None:
@@ -136,8 +136,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> _Asked | None:
     return _Asked(input, weight.T, bias) if weight.dim() == 2 else None
 
 
-def _mm(input: Any, other: Any = None, *, mat2: Any = None, out: Any = None) -> _Asked | None:
-    other = mat2 if other is None else other
+def _mm(input: Any, other: Any, *, out: Any = None) -> _Asked | None:
     known = isinstance(input, Tensor) and isinstance(other, Tensor)
     return _Asked(input, other, out=out) if known and (out is None or input.dim() == 2) else None
 
@@ -163,6 +162,16 @@ _HANDLERS: dict[Any, Callable[..., _Asked | None]] = {
     Tensor.matmul: _mm,
     Tensor.__matmul__: _mm,
 }
+
+
+def _asked(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Asked | None:
+    """Return the product that a call asks for; None if it is none, or asked for in another way."""
+    if func not in _HANDLERS:
+        return None
+    try:
+        return _HANDLERS[func](*args, **options)
+    except TypeError:  # arguments by other names, or options that few use
+        return None
 
 
 def _layout(x: Tensor) -> tuple[int, int] | None:
