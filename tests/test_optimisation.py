@@ -58,10 +58,15 @@ def test_the_first_decoder_rows_have_norm_one_and_the_encoder_is_their_transpose
 
 
 def dense_twin(trainee, x, grad_clip):
-    """One step written again: autograd on the dense loss, torch's own clipping and AdamW."""
+    """One step written again: autograd on the dense loss, torch's own clipping and AdamW.
+
+    The encoder reads x - b_dec; its bias is brought to one of x at the end.
+    """
     sae = trainee.sae
-    weights = {n: torch.nn.Parameter(p.detach().clone()) for n, p in sae.named_parameters()}
-    pre = x @ weights["W_enc"] + weights["b_enc"]
+    start = {name: value.detach().clone() for name, value in sae.named_parameters()}
+    start["b_enc"] += start["b_dec"] @ start["W_enc"]
+    weights = {name: torch.nn.Parameter(value) for name, value in start.items()}
+    pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     kept = torch.zeros_like(pre).scatter(1, pre.topk(4, dim=1).indices, 1.0)
     x_hat = (pre.relu() * kept) @ weights["W_dec"] + weights["b_dec"]
     (x_hat - x).square().mean().backward()
@@ -71,7 +76,8 @@ def dense_twin(trainee, x, grad_clip):
         torch.nn.utils.clip_grad_norm_(weights.values(), grad_clip)
     torch.optim.AdamW(weights.values(), lr=1e-2, eps=6.25e-10, weight_decay=0.0).step()
     W /= W.norm(dim=1, keepdim=True)
-    return weights
+    found = {name: value.data for name, value in weights.items()}
+    return {**found, "b_enc": found["b_enc"] - found["b_dec"] @ found["W_enc"]}
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.01])

@@ -127,6 +127,28 @@ def test_gradients_equal_autograd_on_the_loss_in_float64(sae, kernels, dead):
         torch.testing.assert_close(step.gradients[name], wanted, msg=name)
 
 
+@pytest.mark.parametrize("kernels", list(KERNELS))
+@pytest.mark.parametrize("dead", [[], [1, 5, 6, 7, 8, 20, 31]])
+def test_centred_gradients_equal_autograd_through_an_encoder_of_x_minus_b_dec(sae, kernels, dead):
+    if not sae.uses_k:
+        pytest.skip("its encoder is learnt as one of x")
+    sae = sae.double()
+    kernels = kernels_or_skip(kernels)
+    x, dead = few(kernels, rows(600).double()), torch.tensor(dead, dtype=torch.long)
+    step = training_step(sae, x, dead, kernels, centred=True)
+    learnt = {name: value.detach().clone() for name, value in sae.named_parameters()}
+    learnt["b_enc"] += learnt["b_dec"] @ learnt["W_enc"]
+    for value in learnt.values():
+        value.requires_grad_()
+    weights = {**learnt, "b_enc": learnt["b_enc"] - learnt["b_dec"] @ learnt["W_enc"]}
+    with torch.nn.utils.stateless._reparametrize_module(sae, weights):
+        loss = sae.loss(x, dead=dead)
+    wanted = torch.autograd.grad(loss.total, list(learnt.values()))
+    for name, gradient in zip(learnt, wanted, strict=True):
+        found = step.gradients[name].T if name == "W_enc" else step.gradients[name]
+        torch.testing.assert_close(found, gradient, msg=name)
+
+
 @pytest.mark.parametrize("dead", [[], [1, 5, 6]])
 def test_sparse_products_leave_loss_and_gradients_as_dense_ones_give_them(sae, dead, monkeypatch):
     sae, x = sae.double(), rows(200).double()

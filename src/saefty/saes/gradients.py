@@ -17,6 +17,12 @@ same form. Where few pre-activations exceed their floors they are sparse too; el
 rows are multiplied densely at a time, in memory that stays in cache, and x, which is data, gets no
 gradient. All these gradients equal those of autograd on `SparseAutoencoder.loss`, which any other
 architecture uses.
+
+Where the encoder is to be learnt as one of x - b_dec, its pre-activations are (x - b_dec) W_enc + c
+with c = b_enc + b_dec W_enc. They are the same, and so is the gradient of c; the others become
+
+    dL/dW_enc[i] = sum over rows where i fires of dL/dz_i (x - b_dec)
+    dL/db_dec    = g · sum of e - sum over i of dL/db_enc[i] W_enc[i]
 """
 
 from dataclasses import dataclass
@@ -73,6 +79,7 @@ def training_step(
     into: LatentGradients | None = None,
     *,
     tangent: bool = False,
+    centred: bool = False,
 ) -> Step:
     """Return the gradients of the training loss on scaled activations.
 
@@ -83,15 +90,16 @@ def training_step(
         kernels: The sparse arithmetic to use.
         into: Memory that the gradients may take, until the next step.
         tangent: Take out of the decoder's gradient what would change the length of its unit rows.
+        centred: Take the encoder's weights for those of x - b_dec; not for elementwise ones.
     """
     with torch.no_grad():
         unit = sae.W_dec if tangent else None
         code = sae.training_code(x, kernels)
         if code is not None:
-            return _sparse(sae, x, dead, kernels, code, unit, into)
+            return _sparse(sae, x, dead, kernels, code, unit, into, centred=centred)
         if isinstance(sae, Elementwise):
             return _elementwise(sae, x, dead, kernels, unit, into)
-    return _by_autograd(sae, x, dead, tangent)
+    return _by_autograd(sae, x, dead, tangent, centred=centred)
 
 
 def _sparse(
@@ -102,26 +110,33 @@ def _sparse(
     code: SparseCode,
     unit: Float[Tensor, "d_sae d_in"] | None,
     into: LatentGradients | None,
+    *,
+    centred: bool,
 ) -> Step:
     scale = 2.0 / x.numel()
+    read = x - sae.b_dec if centred else x  # what the gradient of W_enc is made of
     if len(sae.prefixes) == 1:
         error, dots = kernels.errors(code, x, sae.W_dec, sae.b_dec)
         squared = error.square().sum()
-        found = kernels.latent_gradients(code, dots * scale, x, error, scale, sae.d_sae, unit, into)
+        found = kernels.latent_gradients(
+            code, dots * scale, read, error, scale, sae.d_sae, unit, into
+        )
         by_bias = error.sum(dim=0) * scale
         loss = squared / x.numel()
     else:
-        found, by_bias, loss, error = _nested(sae, x, kernels, code, unit, into)
+        found, by_bias, loss, error = _nested(sae, x, read, kernels, code, unit, into)
         squared = error.square().sum()
     if len(dead) and sae.aux_k and sae.config.aux_weight:
         # The residual -error is held constant: only the dead latents learn to explain it.
-        auxiliary, extra = _auxiliary(sae, x, error, dead, kernels, unit)
+        auxiliary, extra = _auxiliary(sae, x, read, error, dead, kernels, unit)
         loss = loss + auxiliary
         parts = ("W_enc", "b_enc", "W_dec")
         sums = [getattr(found, part)[dead] + getattr(extra, part) for part in parts]
         for part, total in zip(parts, sums, strict=True):
             getattr(found, part)[dead] = total
         found.squared[dead] = LatentGradients.of(*sums).squared
+    if centred:
+        by_bias = by_bias - sae.W_enc @ found.b_enc
     gradients = {"W_enc": found.W_enc, "b_enc": found.b_enc, "W_dec": found.W_dec, "b_dec": by_bias}
     length = (found.squared.double().sum() + by_bias.double().square().sum()).sqrt()
     fired = _fired(code.indices, sae.d_sae)
@@ -131,6 +146,7 @@ def _sparse(
 def _nested(
     sae: SparseAutoencoder,
     x: Float[Tensor, "rows d_in"],
+    read: Float[Tensor, "rows d_in"],
     kernels: SparseKernels,
     code: SparseCode,
     unit: Float[Tensor, "d_sae d_in"] | None,
@@ -157,7 +173,7 @@ def _nested(
         place = found.part(start, stop)
         rows = None if unit is None else unit[start:stop]
         place.take(
-            kernels.latent_gradients(part, dots, x, summed, scale, stop - start, rows, place)
+            kernels.latent_gradients(part, dots, read, summed, scale, stop - start, rows, place)
         )
     return found, summed.sum(dim=0) * scale, loss, error
 
@@ -313,6 +329,7 @@ class _Sums:
 def _auxiliary(
     sae: SparseAutoencoder,
     x: Float[Tensor, "rows d_in"],
+    read: Float[Tensor, "rows d_in"],
     error: Float[Tensor, "rows d_in"],
     dead: Int[Tensor, "dead"],
     kernels: SparseKernels,
@@ -327,7 +344,7 @@ def _auxiliary(
         select = kernels.topk_abs if sae.signed else kernels.topk
         code = select(x, W_enc, b_enc, k)
         rest, dots = kernels.errors(code, -error, W_dec, torch.zeros_like(sae.b_dec))
-        gradients = kernels.latent_gradients(code, dots * scale, x, rest, scale, len(dead), unit)
+        gradients = kernels.latent_gradients(code, dots * scale, read, rest, scale, len(dead), unit)
     else:
         z = affine(x, W_enc, b_enc)
         z = z if sae.signed else z.relu()
@@ -339,7 +356,7 @@ def _auxiliary(
         by_decoder = z.T @ rest * scale
         if unit is not None:
             remove_parallel(by_decoder, unit)
-        gradients = LatentGradients.of(by_value.T @ x, by_value.sum(dim=0), by_decoder)
+        gradients = LatentGradients.of(by_value.T @ read, by_value.sum(dim=0), by_decoder)
     return sae.config.aux_weight * rest.square().mean(), gradients
 
 
@@ -348,6 +365,8 @@ def _by_autograd(
     x: Float[Tensor, "rows d_in"],
     dead: Int[Tensor, "dead"],
     tangent: bool,
+    *,
+    centred: bool,
 ) -> Step:
     names, parameters = zip(*sae.named_parameters(), strict=True)
     with torch.enable_grad():
@@ -358,6 +377,9 @@ def _by_autograd(
         for name, parameter, gradient in zip(names, parameters, found, strict=True)
     }
     gradients["W_enc"] = gradients["W_enc"].T
+    if centred:
+        gradients["W_enc"] = gradients["W_enc"].addr(gradients["b_enc"], sae.b_dec, alpha=-1)
+        gradients["b_dec"] = gradients["b_dec"] - sae.W_enc @ gradients["b_enc"]
     if tangent:
         remove_parallel(gradients["W_dec"], sae.W_dec)
     code = entries_of(loss.z)
