@@ -203,7 +203,7 @@ def main() -> int:
                 found = json.loads(done.stdout.splitlines()[-1])
                 with np.load(Path(place) / f"{way}-{kind}.npz") as held:
                     error = max(
-                        float(np.abs(held[name] - value).max() / np.abs(value).max())
+                        float(np.abs(held[name] - value).max() / (np.abs(value).max() or 1.0))
                         for name, value in wanted.items()
                         if name != "plane"
                     )

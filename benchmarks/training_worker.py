@@ -148,7 +148,10 @@ def run(library: str, pool: Path, d_sae: int, k: int, batch: int, steps: int) ->
     n_batches = len(rows) // batch - 1  # the last one is held out
 
     def at(i: int) -> Tensor:
-        return torch.from_numpy(np.array(rows[i * batch : (i + 1) * batch]))
+        # Read and not mapped, so that the pool's pages do not count as memory of the training.
+        numbers, begin = batch * rows.shape[1], rows.offset + i * batch * rows.shape[1] * 4
+        read = np.fromfile(pool, np.float32, numbers, offset=begin)
+        return torch.from_numpy(read.reshape(batch, -1))
 
     torch.manual_seed(0)
     learner = LIBRARIES[library](at(0), d_sae, k)
