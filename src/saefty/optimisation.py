@@ -22,6 +22,7 @@ from saefty.errors import NumericError
 from saefty.kernels.base import AdamStep, LatentGradients, SparseKernels, choose_kernels
 from saefty.kernels.rough import in_bfloat16
 from saefty.saes.base import SaeConfig
+from saefty.saes.elementwise import Elementwise
 from saefty.saes.gradients import training_step
 from saefty.training_settings import OptimizerSection
 
@@ -178,7 +179,7 @@ class Trainee:
     @property
     def _centred(self) -> bool:
         """Whether the bias that is learnt is that of an encoder of x - b_dec."""
-        return self.sae.uses_k
+        return self.sae.uses_k and not isinstance(self.sae, Elementwise)
 
     def _move(self, gradients: dict[str, Tensor], rate: float, factor: float) -> None:
         self.steps += 1
