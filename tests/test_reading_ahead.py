@@ -43,7 +43,8 @@ def files(folder):
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name == "saefty aside"]
+    """Threads that run. One whose start was interrupted may wait for ever, given nothing."""
+    return [t for t in threading.enumerate() if t.name == "saefty aside" and t.is_alive()]
 
 
 def by_hand(store, epochs, keep):
