@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import measure
+from pool import Pool
 
 LR, WARM_UP, SPARSE, LEVELS = 1e-3, 2, 3, 4
 BANDWIDTH = 0.1
@@ -196,19 +197,14 @@ LIBRARIES = {"saefty": Saefty, "sae-lens": SaeLens, "dictionary-learning": Dicti
 def run(library: str, pool: Path, case: str, sizes: list[int]) -> dict[str, object]:
     """Return the times of one case's steps, what they led to, and the rate of a product beside."""
     d_sae, k, batch, steps = sizes
-    rows = np.load(pool, mmap_mode="r")
-    n_batches = len(rows) // batch - 1  # the last one is held out
-
-    def at(i: int) -> Tensor:
-        return torch.from_numpy(np.array(rows[i * batch : (i + 1) * batch]))
-
+    rows = Pool(pool, batch)
     torch.manual_seed(0)
-    learner = LIBRARIES[library](Start(case, at(0), d_sae, k), at(0))
+    learner = LIBRARIES[library](Start(case, rows[0], d_sae, k), rows[0])
     before, times = measure.calibrate(), []
     for i in range(WARM_UP + steps):
-        x = at(i % n_batches)
+        x = rows[i]
         times += measure.timed(lambda x=x: learner.step(x), 1)
-    after, held_out = measure.calibrate(), at(n_batches)
+    after, held_out = measure.calibrate(), rows.held_out
     with torch.no_grad():
         z, x_hat = learner.code(held_out)
     variance = (held_out - held_out.mean(0)).square().sum()

@@ -8,11 +8,12 @@ It prints one line of JSON: the seconds of each step, and the FVU of held-out ro
 import json
 import sys
 import time
+from pathlib import Path
 
-import numpy as np
 import torch
 
 import training_worker as worker
+from pool import Pool
 
 EVERY = 5
 
@@ -20,17 +21,12 @@ EVERY = 5
 def learn(library: str, pool: str, target: float, limit: float, sizes: list[int]) -> dict:
     """Train until the FVU is down to the target or the seconds of all steps are up to the limit."""
     d_sae, k, batch = sizes
-    rows = np.load(pool, mmap_mode="r")
-    n_batches = len(rows) // batch - 1  # the last one is held out
-
-    def at(i: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(rows[i * batch : (i + 1) * batch]))
-
+    rows = Pool(Path(pool), batch)
     torch.manual_seed(0)
-    learner, held_out = worker.LIBRARIES[library](at(0), d_sae, k), at(n_batches)
+    learner, held_out = worker.LIBRARIES[library](rows[0], d_sae, k), rows.held_out
     times, fvu = [], float("inf")
     while fvu > target and sum(times) < limit:
-        x = at(len(times) % n_batches)
+        x = rows[len(times)]
         began = time.perf_counter()
         learner.step(x)
         times.append(time.perf_counter() - began)

@@ -11,11 +11,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import measure
+from pool import Pool
 
 LR, WARM_UP = 1e-3, 2
 
@@ -144,23 +144,15 @@ def fvu(x: Tensor, x_hat: Tensor) -> float:
 
 
 def run(library: str, pool: Path, d_sae: int, k: int, batch: int, steps: int) -> dict[str, object]:
-    rows = np.load(pool, mmap_mode="r")
-    n_batches = len(rows) // batch - 1  # the last one is held out
-
-    def at(i: int) -> Tensor:
-        # Read and not mapped, so that the pool's pages do not count as memory of the training.
-        numbers, begin = batch * rows.shape[1], rows.offset + i * batch * rows.shape[1] * 4
-        read = np.fromfile(pool, np.float32, numbers, offset=begin)
-        return torch.from_numpy(read.reshape(batch, -1))
-
+    rows = Pool(pool, batch)
     torch.manual_seed(0)
-    learner = LIBRARIES[library](at(0), d_sae, k)
+    learner = LIBRARIES[library](rows[0], d_sae, k)
     before, times = measure.calibrate(), []
     for i in range(WARM_UP + steps):
-        x = at(i % n_batches)
+        x = rows[i]
         times += measure.timed(lambda x=x: learner.step(x), 1)
     memory, after = measure.peak_mb(), measure.calibrate()
-    x, W, b = at(n_batches), torch.randn(d_sae, rows.shape[1]).T, torch.zeros(d_sae)
+    x, W, b = rows.held_out, torch.randn(d_sae, rows.d_in).T, torch.zeros(d_sae)
     product = min(measure.timed(lambda: torch.addmm(b, x, W), 4)[1:])
     with torch.no_grad():
         error = fvu(x, learner.reconstruct(x))
