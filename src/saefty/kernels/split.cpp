@@ -23,8 +23,8 @@ constexpr int64_t PARTS = 3;
 constexpr int64_t PANEL = PARTS * 2 * 1024;  // bytes of 32 x 32 numbers: tiles of 1,024, part by part
 constexpr int64_t TERMS = 16;                // panels of terms, and of columns, that a core's cache
 constexpr int64_t COLUMNS = 8;               // holds while rows pass by
-constexpr int64_t ROWS = 2048;                // rows whose parts are held at once, of as many terms
-constexpr int64_t TALL = 4;                  // times as many rows as columns: they are exchanged
+constexpr int64_t ROWS = 1024;               // rows whose parts a thread holds, of as many terms
+constexpr int64_t SPLIT = 3;                 // products of 32 x 32 numbers while as many are split
 constexpr uint32_t HUGE_BITS = 0x7e800000;   // 2^126: from here on, rounding could overflow
 constexpr uint32_t TINY_BITS = 0x0d800000;   // 2^-100: below it, tiles take the smallest parts for 0
 
@@ -123,20 +123,9 @@ inline bool split(const Matrix& from, int64_t row, int64_t rows, int64_t term, i
     return !tiny && !_mm512_cmpge_epi32_mask(largest, _mm512_set1_epi32(HUGE_BITS));
 }
 
-// 32 rows of 32 numbers that will be met next: asked for a few at a time, they come unnoticed.
-struct Ahead {
-    const float* at;
-    int64_t stride, rows;
-};
-
 // Adds the product of two rows of panels to the 32 x 32 sums in tiles 0 to 3, small parts first.
-inline void multiply(const char* left, const char* right, int64_t panels, Ahead next) {
-    const int64_t share = (next.rows + panels - 1) / panels;
+inline void multiply(const char* left, const char* right, int64_t panels) {
     for (int64_t i = 0; i < panels; ++i, left += PANEL, right += PANEL) {
-        for (int64_t row = i * share; row < std::min((i + 1) * share, next.rows); ++row) {
-            _mm_prefetch(next.at + row * next.stride, _MM_HINT_T0);
-            _mm_prefetch(next.at + row * next.stride + TILE, _MM_HINT_T0);
-        }
         const auto rows = [=](int part) {
             _tile_loadd(4, left + part * 2048, 64);
             _tile_loadd(5, left + part * 2048 + 1024, 64);
@@ -167,49 +156,11 @@ struct Product {
     float* out;
     int64_t stride;
     bool add;
-    bool turned;  // out is columns x rows: its square at row r and column c lies at row c, column r
-
-    Ahead ahead(int64_t r, int64_t c, bool begun) const {
-        if (turned) std::swap(r, c);
-        const int64_t rows = begun ? std::min(SIDE, (turned ? n : m) - r) : 0;
-        return {out + r * stride + c, stride, std::max<int64_t>(0, rows)};
-    }
 };
-
-// Adds 32 x 32 sums in tiles to what is there, or puts them there, with rows for columns.
-void put_turned(const Product& p, int64_t r, int64_t c, bool begun) {
-    alignas(64) float sums[SIDE * SIDE];
-    _tile_stored(0, sums, SIDE * 4);
-    _tile_stored(1, sums + TILE, SIDE * 4);
-    _tile_stored(2, sums + TILE * SIDE, SIDE * 4);
-    _tile_stored(3, sums + TILE * SIDE + TILE, SIDE * 4);
-    for (int64_t across = 0; across < SIDE; across += TILE)
-        for (int64_t down = 0; down < SIDE; down += TILE) {
-            __m512i part[TILE];
-            for (int64_t i = 0; i < TILE; ++i)
-                part[i] = _mm512_load_si512(sums + (down + i) * SIDE + across);
-            transpose(part);
-            const __mmask16 there = first_of(p.m - r - down);
-            for (int64_t i = 0; i < std::min(TILE, p.n - c - across); ++i) {
-                float* at = p.out + (c + across + i) * p.stride + r + down;
-                __m512 sum = _mm512_castsi512_ps(part[i]);
-                if (begun) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there, at));
-                _mm512_mask_storeu_ps(at, there, sum);
-            }
-        }
-}
 
 // 32 x 32 sums of `p`, from row r and column c on: what is there so far, and `panels` of terms more.
 void square(const Product& p, int64_t r, int64_t c, bool begun, const char* left, const char* right,
-            int64_t panels, Ahead next) {
-    if (p.turned) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        multiply(left, right, panels, next);
-        return put_turned(p, r, c, begun);
-    }
+            int64_t panels) {
     const int64_t rows = std::min(SIDE, p.m - r), columns = std::min(SIDE, p.n - c);
     alignas(64) float edge[SIDE * SIDE];
     float* at = p.out + r * p.stride + c;
@@ -238,7 +189,7 @@ void square(const Product& p, int64_t r, int64_t c, bool begun, const char* left
         _tile_zero(2);
         _tile_zero(3);
     }
-    multiply(left, right, panels, next);
+    multiply(left, right, panels);
     _tile_stored(0, sums, stride * 4);
     _tile_stored(1, sums + TILE, stride * 4);
     _tile_stored(2, sums + low, stride * 4);
@@ -270,56 +221,66 @@ struct Room {
 
 thread_local Room rows_room, columns_room;
 
-// Rows of `p` from `begin` on, before `end`; false if numbers are too large or too small.
-bool multiply_rows(const Product& p, int64_t begin, int64_t end, char* left) {
-    const int64_t panels = parts_of(p.k, SIDE), blocks = parts_of(end - begin, SIDE);
-    const int64_t bands = parts_of(p.n, COLUMNS * SIDE);
+// Some of the rows, or of the columns, in steps of SIDE.
+struct Range {
+    int64_t begin, end;
+
+    int64_t size() const { return end - begin; }
+
+    // One of equal shares.
+    Range share(int64_t number, int64_t shares) const {
+        const int64_t blocks = parts_of(parts_of(size(), SIDE), shares) * SIDE;
+        return {std::min(end, begin + number * blocks), std::min(end, begin + (number + 1) * blocks)};
+    }
+};
+
+// The product of some rows with some columns, by one thread, which splits both by itself: what
+// another one has split is slow to come by. False if numbers are too large or too small.
+bool multiply(const Product& p, Range rows, Range columns) {
+    if (!rows.size() || !columns.size()) return true;
+    const int64_t panels = parts_of(p.k, SIDE);
+    char* left = rows_room.of(parts_of(std::min(ROWS, rows.size()), SIDE) * TERMS * PANEL);
+    char* right = columns_room.of(COLUMNS * TERMS * PANEL);
     bool fits = true;
-#pragma omp parallel reduction(&& : fits)
-    {
-        Tiles before, mine;  // torch's own products find their tiles as they left them
-        _tile_storeconfig(&before);
-        _tile_loadconfig(&mine);
-        char* right = columns_room.of(COLUMNS * TERMS * PANEL);
-        // Where columns are few, threads share their rows out, and each splits the columns it needs.
-        const int64_t threads = omp_get_num_threads();
-        const int64_t shares = bands % threads ? std::min(blocks, parts_of(2 * threads, bands)) : 1;
-        const int64_t share = parts_of(blocks, shares);
+    for (int64_t row = rows.begin; row < rows.end; row += ROWS)
         for (int64_t first = 0; first < panels; first += TERMS) {
-            const int64_t n = std::min(TERMS, panels - first);
+            const int64_t n = std::min(TERMS, panels - first), end = std::min(row + ROWS, rows.end);
             const bool begun = p.add || first;
-#pragma omp for schedule(static)
-            for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t r = row; r < end; r += SIDE)
                 for (int64_t j = 0; j < 2 * n; ++j) {  // in the order of memory
                     const int64_t i = p.a.across ? j / 2 : j % n, half = p.a.across ? j % 2 : j / n;
-                    fits &= split(p.a, begin + block * SIDE + half * TILE, end, (first + i) * SIDE, p.k, true,
-                                  left + (block * TERMS + i) * PANEL + half * 1024);
+                    fits &= split(p.a, r + half * TILE, end, (first + i) * SIDE, p.k, true,
+                                  left + ((r - row) / SIDE * TERMS + i) * PANEL + half * 1024);
                 }
-#pragma omp for schedule(dynamic) collapse(2)
-            for (int64_t band = 0; band < bands; ++band)
-                for (int64_t part = 0; part < shares; ++part) {
-                    const int64_t column = band * COLUMNS * SIDE;
-                    const int64_t columns = std::min(COLUMNS, parts_of(p.n - column, SIDE));
-                    for (int64_t j = 0; j < 2 * columns * n; ++j) {
-                        const int64_t i = p.b.across ? j / (2 * columns) : j % n;
-                        const int64_t half = p.b.across ? j % (2 * columns) : j / n;
-                        fits &= split(p.b, column + half * TILE, p.n, (first + i) * SIDE, p.k, false,
-                                      right + (half / 2 * TERMS + i) * PANEL + half % 2 * 1024);
-                    }
-                    for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); ++block)
-                        for (int64_t c = 0; c < columns; ++c) {
-                            const int64_t r = begin + block * SIDE;
-                            const bool last = c + 1 == columns;
-                            const Ahead next =
-                                p.ahead(last ? r + SIDE : r, column + (last ? 0 : c + 1) * SIDE, begun);
-                            square(p, r, column + c * SIDE, begun, left + block * TERMS * PANEL,
-                                   right + c * TERMS * PANEL, n, next);
-                        }
+            for (int64_t column = columns.begin; column < columns.end; column += COLUMNS * SIDE) {
+                const int64_t squares = std::min(COLUMNS, parts_of(columns.end - column, SIDE));
+                for (int64_t j = 0; j < 2 * squares * n; ++j) {
+                    const int64_t i = p.b.across ? j / (2 * squares) : j % n;
+                    const int64_t half = p.b.across ? j % (2 * squares) : j / n;
+                    fits &= split(p.b, column + half * TILE, p.n, (first + i) * SIDE, p.k, false,
+                                  right + (half / 2 * TERMS + i) * PANEL + half % 2 * 1024);
                 }
+                for (int64_t r = row; r < end; r += SIDE)
+                    for (int64_t c = 0; c < squares; ++c)
+                        square(p, r, column + c * SIDE, begun, left + (r - row) / SIDE * TERMS * PANEL,
+                               right + c * TERMS * PANEL, n);
+            }
         }
-        _tile_loadconfig(&before);
-    }
     return fits;
+}
+
+// Into how many shares rows are best cut, and columns into as many as make one for each thread.
+int64_t shares_of_rows(const Product& p, int64_t threads) {
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t shares = 1; shares <= threads; ++shares) {
+        if (threads % shares) continue;
+        const int64_t rows = parts_of(parts_of(p.m, SIDE), shares);
+        const int64_t columns = parts_of(parts_of(p.n, SIDE), threads / shares);
+        const int64_t splits = rows + columns * parts_of(rows * SIDE, ROWS);
+        const int64_t cost = rows * columns + SPLIT * splits;
+        if (cost < least) best = shares, least = cost;
+    }
+    return best;
 }
 
 }  // namespace
@@ -332,16 +293,20 @@ extern "C" {
 void split_product(const float* a, int64_t a_stride, int64_t a_across, const float* b, int64_t b_stride,
                    int64_t b_across, const float* bias, int64_t m, int64_t n, int64_t k, float* out,
                    int64_t out_stride, int64_t add, uint8_t* unfit) {
-    Product p{{a, a_stride, a_across != 0}, {b, b_stride, b_across != 0}, bias, m, n, k, out, out_stride,
-              add != 0, !bias && m >= TALL * n};
-    if (p.turned) {  // rows are split into memory, columns in a core's cache: few rows are better
-        std::swap(p.a, p.b);
-        std::swap(p.m, p.n);
-    }
-    char* left = rows_room.of(std::min(ROWS, parts_of(p.m, SIDE) * SIDE) / SIDE * TERMS * PANEL);
+    const Product p{{a, a_stride, a_across != 0}, {b, b_stride, b_across != 0}, bias, m, n, k, out,
+                    out_stride, add != 0};
     bool fits = true;
-    for (int64_t begin = 0; begin < p.m && fits; begin += ROWS)
-        fits = multiply_rows(p, begin, std::min(p.m, begin + ROWS), left);
+#pragma omp parallel reduction(&& : fits)
+    {
+        Tiles before, mine;  // torch's own products find their tiles as they left them
+        _tile_storeconfig(&before);
+        _tile_loadconfig(&mine);
+        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        const int64_t by_row = shares_of_rows(p, threads), by_column = threads / by_row;
+        fits = multiply(p, Range{0, m}.share(me / by_column, by_row),
+                        Range{0, n}.share(me % by_column, by_column));
+        _tile_loadconfig(&before);
+    }
     *unfit = !fits;
 }
 
