@@ -74,6 +74,17 @@ def test_a_fast_way_that_rounds_is_refused_and_a_fast_accurate_one_taken():
     assert decide(probe({DEFAULT: slow, "rounds": rounded, "good": torch.matmul})) == "good"
 
 
+def test_a_way_that_was_wrong_once_is_not_tried_on():
+    calls = []
+
+    def counted(x, w):
+        calls.append(x.shape)
+        return rounded(x, w)
+
+    probe({DEFAULT: torch.matmul, "rounds": counted})
+    assert len(calls) == 1
+
+
 def test_the_error_of_the_trial_is_that_of_numpy_in_float64():
     seen = []
 
