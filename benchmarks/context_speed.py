@@ -1,6 +1,6 @@
 """Activations of contexts of 128 tokens: saefty's whole path beside SAELens's ActivationsStore.
 
-Usage: python benchmarks/context_speed.py [--rounds 3] [--contexts 96] [--write] [--tiny]
+Usage: python benchmarks/context_speed.py [--rounds 3] [--contexts 384] [--write] [--tiny]
 
 `benchmarks/peers.sh` makes SAELens's environment. The model is that of `extraction_speed.py`; both
 read block 5 in float32 and in bfloat16. Each measurement is a process of its own
@@ -84,7 +84,7 @@ def main() -> int:
     """Measure, print and, if asked to, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contexts", type=int, default=96)
+    parser.add_argument("--contexts", type=int, default=384)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--tiny", action="store_true", help="Small sizes, to try the script.")
     parser.add_argument("--write", action="store_true", help="Update docs/performance.md.")
