@@ -149,6 +149,27 @@ def test_an_interruption_at_any_moment_leaves_nothing_under_way(interrupt_in):
     assert done > 150
 
 
+@pytest.mark.parametrize("begin", [True, False], ids=["behind", "before"])
+def test_an_interruption_beside_the_start_of_the_thread_leaves_nothing_under_way(
+    monkeypatch, begin
+):
+    start, started, work, drawn = threading.Thread.start, [], Doubling(), []
+
+    def interrupted(thread):
+        started.append(thread)
+        if begin:
+            start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    for generator in do(work, range(3)), read_ahead(map(drawn.append, range(3))):
+        with pytest.raises(KeyboardInterrupt):
+            next(generator)
+    assert (work.begun, work.entered, drawn) == ([], 0, [])
+    assert len(started) == 2
+    assert not any(thread.is_alive() for thread in started)
+
+
 def test_an_interruption_while_the_thread_is_started_is_raised_though_it_may_never_run(monkeypatch):
     """Between taking and leaving the lock of its event, at which the thread then waits."""
     stuck = []

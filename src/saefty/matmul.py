@@ -56,7 +56,7 @@ Tiles gain more with larger products than the trial's (1.5 to 2 times), so they 
 by much there; they are nowhere near a tie.
 """
 
-TIMED, TURNS = ((256, 512), (512, 512)), 2
+TIMED, TURNS = ((256, 512), (512, 512)), 3
 """The shapes of the product that is timed, and how often."""
 
 TRIED = (((32, 256), (256, 512)), ((1, 256), (256, 515)), ((67, 300), (300, 129)),
@@ -227,9 +227,9 @@ def probe(ways: Mapping[str, Multiply]) -> dict[str, Measured]:
     with _one_thread():
         for shapes in TRIED:
             x, w = drawn(shapes)
-            exact, by = x.double(), w.double()
-            true = exact @ by
-            norms = exact.norm(dim=-1, keepdim=True) * by.norm(dim=-2, keepdim=True)
+            x64, w64 = x.double(), w.double()
+            true = x64 @ w64
+            norms = x64.norm(dim=-1, keepdim=True) * w64.norm(dim=-2, keepdim=True)
             for laid_out in (w, w.mT.contiguous().mT):
                 for way, multiply in ways.items():
                     if way == DEFAULT or errors[way] <= FLOAT32:

@@ -107,18 +107,20 @@ def test_what_does_not_fit_is_not_added_and_what_was_there_stays(bad):
 
 
 @tiles
-def test_the_last_bits_do_not_depend_on_the_number_of_threads():
-    x, w = draw(300, 700), draw(700, 900, seed=1)
+@pytest.mark.parametrize("shape", [(300, 700, 900), (900, 300, 900), (2500, 70, 65), (50, 90, 70)])
+def test_the_last_bits_do_not_depend_on_the_number_of_threads(shape):
+    """Shares of rows, of columns, of both, and more threads than shares."""
+    rows, inner, columns = shape
+    x, w = draw(rows, inner), draw(inner, columns, seed=1)
     before = torch.get_num_threads()
     try:
         found = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 4, 6, 7, 16):
             torch.set_num_threads(threads)
             found.append(multiply(x, w))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @tiles
